@@ -1,0 +1,642 @@
+"""Images and labels: where they come from, how they are augmented, how they become batches of tokens.
+
+Two sources give the same record (see `Shapes.__getitem__`): *shapes*, an endless world of drawn scenes that needs no
+download, and *coco*, any dataset in COCO's format. Augmentation follows Pix2Seq (arXiv 2109.10852, section 2.4 and
+appendix B). A training stream is a pure function of (seed, position), so any number of workers, processes or
+restarts sees the same examples. Only uint8 pixels leave a worker; they become floats on the device.
+Left out: downloads. Every path is the user's.
+
+    python data.py --sheet shapes.png                   # a look at the drawn world
+    python data.py --export DIR --count 1000            # write it as a COCO dataset, then: train.py --data=coco --data_dir=DIR
+"""
+import argparse
+import json
+import os
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from torch.utils.data import DataLoader, Dataset
+
+from tokenizer import CLASS_SHIFT, FAKE_LABEL, PAD_LABEL, encode_detection
+
+PAD_VALUE = 0.3                                        # grey level of the padding, as in the reference
+
+
+class DataError(ValueError):
+    """Something is wrong with the user's data; the message names the file and what was expected."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# shapes: an embedded world of drawn scenes
+
+KINDS = ("circle", "square", "triangle", "figure")     # categories 1..4
+COLORS = {"red": (220, 50, 40), "green": (50, 170, 70), "blue": (50, 90, 220), "yellow": (235, 205, 50),
+          "purple": (150, 60, 180), "white": (240, 240, 240)}
+JOINTS = ("head", "left_hand", "right_hand", "left_foot", "right_foot")      # of a figure; left is the viewer's left
+JOINT_FLIP = (0, 2, 1, 4, 3)
+SPLITS = {"train": 0, "val": 1}
+
+
+@dataclass
+class Thing:
+    """One drawn object. Lengths are fractions of the image's side."""
+    kind: str
+    color: str
+    y: float                                           # centre
+    x: float
+    radius: float                                      # half its height
+    pose: np.ndarray                                   # (4, 2) in [0, 1]: what differs between figures
+
+    @cached_property
+    def joints(self):
+        """(5, 2) yx fractions of a figure's joints, in the order of JOINTS."""
+        reach, height = 0.55 + 0.45 * self.pose[:, 0], self.pose[:, 1]
+        hands = [(-0.75 + 1.1 * height[0], -reach[0]), (-0.75 + 1.1 * height[1], reach[1])]
+        feet = [(1.0, -0.2 - 0.7 * height[2]), (1.0, 0.2 + 0.7 * height[3])]
+        return np.array([(-0.72, 0.0), *hands, *feet]) * self.radius + (self.y, self.x)
+
+    @cached_property
+    def polygons(self):
+        """Its outlines, a list of (P, 2) arrays of yx fractions: one polygon, or head and body of a figure."""
+        if self.kind == "figure":
+            _, left_hand, right_hand, left_foot, right_foot = self.joints
+            at = lambda y, x: np.array([self.y + y * self.radius, self.x + x * self.radius])
+            body = [at(-0.4, 0), left_hand, at(0.1, -0.2), left_foot, at(0.45, 0), right_foot, at(0.1, 0.2), right_hand]
+            turn = np.arange(12) / 12 * 2 * np.pi
+            head = np.stack([-0.72 + 0.28 * np.cos(turn), 0.28 * np.sin(turn)], -1)
+            return [head * self.radius + (self.y, self.x), np.array(body)]
+        if self.kind == "circle":
+            turn = np.arange(20) / 20 * 2 * np.pi
+            outline = np.stack([np.cos(turn), np.sin(turn)], -1)
+        elif self.kind == "square":
+            outline = np.array([(-0.9, -0.9), (-0.9, 0.9), (0.9, 0.9), (0.9, -0.9)])
+        else:
+            outline = np.array([(-1, 0), (1, 1), (1, -1)])
+        return [outline * self.radius + (self.y, self.x)]
+
+    @cached_property
+    def box(self):
+        """(4,) yxyx fractions."""
+        points = np.concatenate(self.polygons)
+        return np.concatenate([points.min(0), points.max(0)])
+
+
+def random_scene(rng, max_things):
+    """1 to max_things things, fully inside the image, no two of which overlap by more than a tenth (IoU)."""
+    things = []
+    for _ in range(rng.integers(1, max_things + 1)):
+        kind, color = KINDS[rng.integers(len(KINDS))], list(COLORS)[rng.integers(len(COLORS))]
+        for _ in range(10):
+            radius = rng.uniform(0.1, 0.22)
+            y, x = rng.uniform(radius + 0.01, 0.99 - radius, 2)
+            thing = Thing(kind, color, y, x, radius, rng.random((4, 2)))
+            if all(box_iou(thing.box, other.box) < 0.1 for other in things):
+                things.append(thing)
+                break
+    return things
+
+
+def box_iou(a, b):
+    """Intersection over union of two yxyx boxes."""
+    both = max(min(a[2], b[2]) - max(a[0], b[0]), 0) * max(min(a[3], b[3]) - max(a[1], b[1]), 0)
+    return both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both)
+
+
+def random_background(rng, size):
+    """PIL image of dull colours: a gradient or a blotchy texture."""
+    corners = rng.integers(40, 150, 1) + rng.integers(-25, 26, (2, 2, 3) if rng.random() < 0.5 else (6, 6, 3))
+    return Image.fromarray(corners.astype(np.uint8)).resize((size, size), Image.BILINEAR)
+
+
+def draw_scene(things, background):
+    """Things drawn over a square background in their order, four times as large and then averaged (antialiased)."""
+    side = 4 * background.width
+    canvas = background.resize((side, side), Image.NEAREST)
+    pen = ImageDraw.Draw(canvas)
+    for thing in things:
+        for polygon in thing.polygons:
+            pen.polygon((polygon[:, ::-1] * side).ravel().tolist(), fill=COLORS[thing.color])
+    return canvas.reduce(4)
+
+
+def describe(things):
+    """Every true sentence about two things, "a red circle above a blue square"; about one if there is no other."""
+    name = lambda thing: f"a {thing.color} {thing.kind}"
+    if len(things) == 1:
+        return [name(things[0])]
+    near = 0.05                                        # closer than this along an axis, neither is above or left of the other
+    sentences = []
+    for a in things:
+        for b in things:
+            if a.y < b.y - near:
+                sentences += [f"{name(a)} above {name(b)}", f"{name(b)} below {name(a)}"]
+            if a.x < b.x - near:
+                sentences += [f"{name(a)} left of {name(b)}", f"{name(b)} right of {name(a)}"]
+    return sorted(set(sentences)) or [name(things[0])]
+
+
+class Shapes:
+    """Drawn scenes with COCO-style truth. Item i of a split is a pure function of (seed, split, i)."""
+    endless = True                                     # items need no shuffling: any run of them is a fresh sample
+
+    def __init__(self, split, size=64, max_things=4, seed=0, count=None):
+        if split not in SPLITS:
+            raise DataError(f"unknown split {split!r}, expected one of {', '.join(SPLITS)}")
+        self.split, self.size, self.max_things, self.seed = split, size, max_things, seed
+        self.count = count or (1 << 40 if split == "train" else 500)
+        self.categories = [{"id": i + 1, "name": kind} for i, kind in enumerate(KINDS)]
+        self.categories[KINDS.index("figure")]["keypoints"] = list(JOINTS)
+        self.label_of = {c["id"]: c["id"] for c in self.categories}
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        """Record i, a dict. N objects; pixel coordinates are floats, (y, x) order, of the image as it is.
+        image: PIL RGB            image_id: int              labels: (N,) int64, the label that has a class token
+        boxes: (N, 4) float32 yxyx   iscrowd: (N,) bool      area: (N,) float32, of the mask in square pixels
+        polygons: a list of (P, 2) arrays an object          keypoints: (N, K, 3) float32, y x visibility (0, 1 or 2)
+        captions: list of str
+        """
+        rng = np.random.default_rng([self.seed, SPLITS[self.split], i])
+        things = random_scene(rng, self.max_things)
+        polygons = [[np.round(p * self.size, 2) for p in thing.polygons] for thing in things]
+        extent = [np.concatenate(p) for p in polygons]
+        keypoints = np.zeros((len(things), len(JOINTS), 3), np.float32)
+        for row, thing in zip(keypoints, things):
+            if thing.kind == "figure":
+                row[:, :2], row[:, 2] = np.round(thing.joints * self.size, 2), 2
+        return {
+            "image": draw_scene(things, random_background(rng, self.size)), "image_id": i + 1,
+            "labels": np.array([KINDS.index(t.kind) + 1 for t in things], np.int64),
+            "boxes": np.array([np.concatenate([e.min(0), e.max(0)]) for e in extent], np.float32),
+            "iscrowd": np.zeros(len(things), bool),
+            "area": np.array([sum(polygon_area(p) for p in parts) for parts in polygons], np.float32),
+            "polygons": polygons, "keypoints": keypoints, "captions": describe(things),
+        }
+
+    def truth(self):
+        """The whole split as a dict in COCO's format, of which pycocotools makes an index."""
+        images, annotations = [], []
+        for i in range(len(self)):
+            record = self[i]
+            images.append({"id": record["image_id"], "file_name": f"{record['image_id']:012d}.png",
+                           "height": self.size, "width": self.size})
+            for n, (y0, x0, y1, x1) in enumerate(record["boxes"].astype(np.float64).round(2)):
+                annotations.append({
+                    "id": len(annotations) + 1, "image_id": record["image_id"], "iscrowd": 0,
+                    "category_id": int(record["labels"][n]), "bbox": [x0, y0, round(x1 - x0, 2), round(y1 - y0, 2)],
+                    "area": float(record["area"][n]),
+                    "segmentation": [p[:, ::-1].ravel().tolist() for p in record["polygons"][n]]})
+        return {"images": images, "annotations": annotations, "categories": self.categories}
+
+
+def polygon_area(points):
+    """Area inside a polygon (P, 2), by the shoelace formula."""
+    (y, x), (next_y, next_x) = points.T, points[np.arange(len(points)) - 1].T
+    return 0.5 * abs(x @ next_y - y @ next_x)
+
+
+def export_shapes(folder, count, size, seed, image_format):
+    """Write `count` training scenes and 500 held-out ones in COCO's layout."""
+    for split in SPLITS:
+        source = Shapes(split, size, seed=seed, count=count if split == "train" else min(count, 500))
+        os.makedirs(f"{folder}/{split}2017", exist_ok=True)
+        os.makedirs(f"{folder}/annotations", exist_ok=True)
+        truth = source.truth()
+        for i, image in enumerate(truth["images"]):
+            image["file_name"] = image["file_name"].replace(".png", f".{image_format}")
+            source[i]["image"].save(f"{folder}/{split}2017/{image['file_name']}", quality=95)
+        with open(f"{folder}/annotations/instances_{split}2017.json", "w") as f:
+            json.dump(truth, f)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# coco: images and JSON files of the user's
+
+def load_image(path, size=None):
+    """Any image file -> PIL RGB. size: (height, width) that its labels are for; a photo that is stored turned is turned
+    upright unless only the stored form fits it. DataError, naming the file, if it cannot be read or fits neither way."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            if size is not None and (upright.height, upright.width) != tuple(size):
+                upright = image
+            if size is not None and (upright.height, upright.width) != tuple(size):
+                raise DataError(f"{path}: the image is {image.height}x{image.width}, its labels are for {size[0]}x{size[1]}")
+            if upright.mode.startswith(("I", "F")):    # 16 bits and more; convert() would clip, not scale
+                pixels = np.asarray(upright).astype(np.float64)
+                top = 1 if upright.mode == "F" and pixels.max() <= 1 else 65535 if pixels.max() > 255 else 255
+                upright = Image.fromarray((pixels.clip(0, top) * (255 / top)).round().astype(np.uint8))
+            if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+                upright = upright.convert("RGBA")
+                upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+            return upright.convert("RGB")
+    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as e:
+        raise DataError(f"{path}: not a readable image ({e})") from e
+
+
+class Coco:
+    """A dataset in COCO's format: one JSON file and the folder of its images. Records as of `Shapes`.
+
+    Everything but the pixels is checked here; DataError names each kind of problem, with a few examples and their number.
+    bad_boxes: what to do about boxes of zero size or more than a pixel outside their image: "error" or "drop".
+    Category ids in [1, 900) are the labels, as in the reference; others get the free labels from 1 on.
+    """
+    endless = False
+
+    def __init__(self, json_path, image_dir, max_label=899, bad_boxes="error"):
+        if bad_boxes not in ("error", "drop"):
+            raise DataError(f"bad_boxes is {bad_boxes!r}, expected 'error' or 'drop'")
+        self.json_path, self.image_dir = json_path, image_dir
+        try:
+            with open(json_path) as f:
+                truth = json.load(f)
+        except FileNotFoundError:
+            raise DataError(f"{json_path}: no such file, expected annotations in COCO's JSON format") from None
+        except json.JSONDecodeError as e:
+            raise DataError(f"{json_path}: not JSON ({e})") from e
+        for key in ("images", "annotations"):
+            if not isinstance(truth, dict) or not isinstance(truth.get(key), list):
+                raise DataError(f"{json_path}: expected an object with a list {key!r}, as in COCO's format")
+        truth.setdefault("categories", [])             # captions have none
+        if not os.path.isdir(image_dir):
+            raise DataError(f"{image_dir}: no such folder, expected the images of {json_path}")
+        self.images, self.annotations, self.categories = truth["images"], {}, truth["categories"]
+        self._check(truth, bad_boxes)
+        self.label_of = assign_labels([c["id"] for c in self.categories], max_label, json_path)
+
+    def _check(self, truth, bad_boxes):
+        problems = []
+
+        def report(what, names):
+            if names:
+                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+                problems.append(f"{len(names)} {what}: {', '.join(map(str, names[:5]))}{more}")
+
+        report("images lack one of id, file_name, height, width",
+               [image for image in self.images if not {"id", "file_name", "height", "width"} <= image.keys()])
+        report("annotations lack image_id", [a for a in truth["annotations"] if "image_id" not in a])
+        if not problems:
+            sizes = {image["id"]: (image["height"], image["width"]) for image in self.images}
+            known = {c["id"] for c in self.categories}
+            report("image ids appear twice", twice([image["id"] for image in self.images]))
+            report("category ids appear twice", twice([c["id"] for c in self.categories]))
+            report("annotation ids appear twice", twice([a["id"] for a in truth["annotations"] if "id" in a]))
+            report(f"images are not in {self.image_dir}", missing_files(self.image_dir, [i["file_name"] for i in self.images]))
+            stray = [a for a in truth["annotations"] if a["image_id"] not in sizes]
+            report("annotations are of an image_id that no image has", [f"{a['image_id']} ({label(a)})" for a in stray])
+            boxed = [a for a in truth["annotations"] if "caption" not in a and a["image_id"] in sizes]
+            report("annotations have a category_id that no category has",
+                   [f"{a.get('category_id')} ({label(a)})" for a in boxed if a.get("category_id") not in known])
+            unboxed = [a for a in boxed if len(a.get("bbox", ())) != 4]
+            report("annotations have no bbox of four numbers", [label(a) for a in unboxed])
+        if not problems and boxed:
+            x, y, w, h = np.array([a["bbox"] for a in boxed], float).T
+            height, width = np.array([sizes[a["image_id"]] for a in boxed]).T
+            bad = (w <= 0) | (h <= 0) | (x < -1) | (y < -1) | (x + w > width + 1) | (y + h > height + 1) | ~np.isfinite(x + y + w + h)
+            names = [f"{label(boxed[i])} {boxed[i]['bbox']} in {width[i]}x{height[i]}" for i in np.flatnonzero(bad)]
+            if bad_boxes == "error":
+                report("boxes are empty or outside their image (--bad_boxes=drop leaves them out)", names)
+            elif names:
+                warnings.warn(f"{self.json_path}: left out {len(names)} boxes, empty or outside their image, such as {names[0]}")
+                dropped = {id(boxed[i]) for i in np.flatnonzero(bad)}
+                truth["annotations"] = [a for a in truth["annotations"] if id(a) not in dropped]
+        if problems:
+            raise DataError("\n  ".join([f"{self.json_path}:"] + problems))
+        for a in truth["annotations"]:
+            self.annotations.setdefault(a["image_id"], []).append(a)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        image = self.images[i]
+        found = self.annotations.get(image["id"], [])
+        boxed = [a for a in found if "bbox" in a]
+        x, y, w, h = np.array([a["bbox"] for a in boxed], np.float32).reshape(-1, 4).T
+        limit = np.array([image["height"], image["width"]] * 2, np.float32)
+        return {
+            "image": load_image(os.path.join(self.image_dir, image["file_name"]), (image["height"], image["width"])),
+            "image_id": image["id"],
+            "labels": np.array([self.label_of[a["category_id"]] for a in boxed], np.int64),
+            "boxes": np.stack([y, x, y + h, x + w], -1).clip(0, limit),
+            "iscrowd": np.array([bool(a.get("iscrowd", 0)) for a in boxed], bool),
+        }
+
+    def truth(self):
+        """The dataset as a dict in COCO's format, without what was left out."""
+        found = [dict(a, id=n + 1, iscrowd=a.get("iscrowd", 0), area=a.get("area", a["bbox"][2] * a["bbox"][3]))
+                 for n, a in enumerate(a for image in self.images for a in self.annotations.get(image["id"], []))]
+        return {"images": self.images, "annotations": found, "categories": self.categories}
+
+
+def label(annotation):
+    return f"annotation {annotation.get('id', '?')}"
+
+
+def twice(ids):
+    seen = set()
+    return [i for i in ids if i in seen or seen.add(i)]
+
+
+def missing_files(folder, names):
+    """Those of `names` (paths relative to the folder) that it lacks; lists each folder once, not each file."""
+    listed = {}
+    for sub in {os.path.dirname(name) for name in names}:
+        path = os.path.join(folder, sub)
+        listed[sub] = set(os.listdir(path)) if os.path.isdir(path) else set()
+    return [name for name in names if os.path.basename(name) not in listed[os.path.dirname(name)]]
+
+
+def assign_labels(ids, max_label, where):
+    """{category id: label in 1..max_label}: ids that can be labels stay, others take the free labels from 1 on."""
+    if len(ids) > max_label:
+        raise DataError(f"{where}: {len(ids)} categories, but the vocabulary has room for {max_label} (raise coord_shift)")
+    kept = {i: i for i in ids if isinstance(i, int) and 1 <= i <= max_label}
+    free = (n for n in range(1, max_label + 1) if n not in kept)
+    return {i: kept[i] if i in kept else next(free) for i in ids}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# transforms: which part of an image the network sees
+
+@dataclass
+class View:
+    """A rectangle of the image, resized to (height, width) at the top left of a padded canvas, maybe mirrored."""
+    top: float                                         # the rectangle, in pixels of the image
+    left: float
+    bottom: float
+    right: float
+    height: int                                        # of the resized rectangle, in pixels of the canvas
+    width: int
+    canvas: tuple[int, int]
+    flip: bool = False
+
+    def image(self, image):
+        """PIL RGB -> uint8 (canvas height, canvas width, 3); what lies outside (height, width) is not yet filled."""
+        part = image.resize((self.width, self.height), Image.BILINEAR, box=(self.left, self.top, self.right, self.bottom))
+        pixels = np.zeros((*self.canvas, 3), np.uint8)
+        pixels[:self.height, :self.width] = np.asarray(part)[:, ::-1] if self.flip else np.asarray(part)
+        return pixels
+
+    def to_view(self, yx):
+        """(..., 2) pixels of the image -> fractions of the rectangle, mirrored with it."""
+        yx = (yx - (self.top, self.left)) / (self.bottom - self.top, self.right - self.left)
+        return np.stack([yx[..., 0], 1 - yx[..., 1]], -1) if self.flip else yx
+
+    def to_canvas(self, yx):
+        """(..., 2) fractions of the rectangle -> fractions of the padded canvas."""
+        return yx * (self.height / self.canvas[0], self.width / self.canvas[1])
+
+    def to_image(self, yx):
+        """(..., 2) fractions of the padded canvas -> pixels of the image. Views that predict are never mirrored."""
+        yx = yx * (self.canvas[0] / self.height, self.canvas[1] / self.width)
+        return yx * (self.bottom - self.top, self.right - self.left) + (self.top, self.left)
+
+
+def eval_view(image, canvas):
+    """The whole image, as large as the canvas allows."""
+    scale = min(canvas[0] / image.height, canvas[1] / image.width)
+    height, width = max(round(image.height * scale), 1), max(round(image.width * scale), 1)
+    return View(0, 0, image.height, image.width, height, width, canvas)
+
+
+def train_view(image, canvas, rng, scale_range, flip):
+    """Scale jitter, then a random crop of the canvas's size, then a mirror (2109.10852, appendix B)."""
+    scale = rng.uniform(*scale_range) * min(canvas[0] / image.height, canvas[1] / image.width)
+    scaled = np.maximum([int(image.height * scale), int(image.width * scale)], 1)
+    offset = (rng.random() * np.maximum(scaled - canvas, 0)).astype(int)       # one number for both directions
+    height, width = np.minimum(canvas, scaled - offset)
+    (top, left), (bottom, right) = (corner * (image.height, image.width) / scaled for corner in (offset, offset + (height, width)))
+    return View(top, left, bottom, right, int(height), int(width), canvas, bool(flip and rng.random() < 0.5))
+
+
+def view_boxes(view, boxes):
+    """(N, 4) yxyx pixels -> (N, 4) yxyx fractions of the view's rectangle, clipped to it; empty if outside."""
+    corners = view.to_view(boxes.reshape(-1, 2, 2))
+    return np.concatenate([corners.min(1), corners.max(1)], -1).clip(0, 1)
+
+
+def noise_boxes(boxes, count, rng):
+    """`count` boxes that look like objects and are none (2109.10852, section 2.4): near-copies of real boxes, real boxes
+    elsewhere, random boxes. boxes: (N, 4) yxyx fractions of the view."""
+    def around(centers, sizes):
+        return np.concatenate([centers - sizes / 2, centers + sizes / 2], -1)
+
+    copies = rng.integers(0, count + 1) if len(boxes) else 0
+    others = count - copies
+    pool = np.tile(boxes, (count // max(len(boxes), 1) + 1, 1))
+    near = rng.permutation(pool)[:copies]
+    near = near + truncated_normal(rng, near.shape, 0.05) * np.tile(near[:, 2:] - near[:, :2], 2)
+    moved = rng.permutation(pool)[:others]
+    moved = around(rng.random((len(moved), 2)), moved[:, 2:] - moved[:, :2])
+    drawn = around(rng.random((others, 2)), np.abs(truncated_normal(rng, (others, 2), 0.5)))
+    bad = rng.permutation(np.concatenate([moved, drawn]))[:others]
+    return rng.permutation(np.concatenate([near, bad])).clip(0, 1)
+
+
+def truncated_normal(rng, shape, std):
+    """Normal numbers of which none is beyond two standard deviations (those are drawn again)."""
+    x = rng.standard_normal(shape)
+    while (far := np.abs(x) > 2).any():
+        x[far] = rng.standard_normal(far.sum())
+    return x * std
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# detection examples and batches
+
+@dataclass(frozen=True)
+class DetectionOptions:
+    """How records become training sequences."""
+    image_size: tuple[int, int]
+    max_objects: int = 100                             # objects in a sequence, noise boxes counted
+    scale_range: tuple[float, float] = (0.3, 2.0)      # scale jitter; (1, 1) for none
+    flip: bool = True
+    noise: bool = True                                 # fill the sequence up with noise boxes
+    noise_weight: float = 1.0
+    pad_weight: float = 0.1
+
+
+def train_example(record, options, rng):
+    """Record -> dict of arrays: image (H, W, 3) uint8, size (2,) of its unpadded part, boxes (max_objects, 4) fractions
+    of the canvas, labels (max_objects,), corrupt (max_objects, 2) for `encode_detection`."""
+    view = train_view(record["image"], options.image_size, rng, options.scale_range, options.flip)
+    boxes = view_boxes(view, record["boxes"])
+    kept = (boxes[:, 2:] > boxes[:, :2]).all(-1) & ~record["iscrowd"]
+    order = rng.permutation(np.flatnonzero(kept))[:options.max_objects]
+    boxes, labels = boxes[order], record["labels"][order]
+    if options.noise and (missing := options.max_objects - len(boxes)):
+        boxes = np.concatenate([boxes, noise_boxes(boxes, missing, rng)])
+        labels = np.concatenate([labels, np.full(missing, FAKE_LABEL)])
+    return {"image": view.image(record["image"]), "size": np.array([view.height, view.width]),
+            **pad_objects(view, boxes, labels, options.max_objects), "corrupt": rng.random((options.max_objects, 2), np.float32)}
+
+
+def pad_objects(view, boxes, labels, count):
+    """Boxes (N, 4), fractions of the view, and labels (N,) -> arrays of `count` rows, fractions of the canvas."""
+    n = min(len(boxes), count)
+    padded = {"boxes": np.zeros((count, 4), np.float32), "labels": np.full(count, PAD_LABEL)}
+    padded["boxes"][:n] = view.to_canvas(boxes[:n].reshape(-1, 2, 2)).reshape(-1, 4)
+    padded["labels"][:n] = labels[:n]
+    return padded
+
+
+class TrainStream(Dataset):
+    """Position p of an endless, shuffled stream over a source. An unreadable image is replaced by the next one."""
+
+    def __init__(self, source, options, seed=0):
+        if len(source) == 0:
+            raise DataError("the training data has no image")
+        self.source, self.options, self.seed, self.epoch = source, options, seed, None
+
+    def index(self, p):
+        if self.source.endless:
+            return p
+        epoch, i = divmod(p, len(self.source))
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.source))
+        return int(self.order[i])
+
+    def __getitem__(self, p):
+        first, skipped = self.index(p), []
+        while True:
+            try:
+                record = self.source[(first + len(skipped)) % len(self.source)]
+                break
+            except DataError as e:
+                skipped.append(str(e))
+                if len(skipped) == len(self.source):
+                    raise DataError(f"none of the {len(self.source)} training images can be read, the last: {e}") from e
+        example = train_example(record, self.options, np.random.default_rng([self.seed, 1, p]))
+        return example | {"skipped": skipped}
+
+
+class EvalSet(Dataset):
+    """Item i of a source as the network sees it for prediction, with truth; None for the image if it is unreadable."""
+
+    def __init__(self, source, options):
+        self.source, self.options = source, options
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, i):
+        try:
+            record = self.source[i]
+        except DataError as e:
+            return {"skipped": [str(e)]}
+        view = eval_view(record["image"], self.options.image_size)
+        example = {"image": view.image(record["image"]), "size": np.array([view.height, view.width]), "view": view,
+                   "image_id": record["image_id"], "skipped": []}
+        real = ~record["iscrowd"]
+        boxes = view_boxes(view, record["boxes"][real])
+        return example | pad_objects(view, boxes, record["labels"][real], self.options.max_objects)
+
+
+def collate(examples):
+    """Examples -> batch: arrays become stacked tensors, anything else a list. Unreadable examples leave only their names."""
+    skipped = [name for e in examples for name in e["skipped"]]
+    examples = [e for e in examples if "image" in e]
+    batch = {"skipped": skipped}
+    for key in examples[0] if examples else ():
+        values = [e[key] for e in examples]
+        if key != "skipped":
+            batch[key] = torch.from_numpy(np.stack(values)) if isinstance(values[0], np.ndarray) else values
+    return batch
+
+
+class TrainCollate:
+    """Collate, then write the token sequences of the whole batch at once."""
+
+    def __init__(self, vocab, options):
+        self.vocab, self.options = vocab, options
+
+    def __call__(self, examples):
+        batch, o = collate(examples), self.options
+        tokens = encode_detection(batch["boxes"], batch["labels"], self.vocab, batch["corrupt"], o.noise_weight, o.pad_weight)
+        return {"image": batch["image"], "size": batch["size"], "skipped": batch["skipped"], **tokens._asdict()}
+
+
+def make_source(c, split):
+    """The records that a configuration asks for. c.data: shapes or coco; split: train or val. DataError if it cannot be."""
+    if c.data == "shapes":
+        return Shapes(split, max(c.model.image_size), c.max_things, c.data_seed, c.val_count if split == "val" else None)
+    if c.data != "coco":
+        raise DataError(f"unknown data {c.data!r}, expected 'shapes' or 'coco'")
+    json_path, images = getattr(c, f"{split}_json"), getattr(c, f"{split}_images")
+    if not c.data_dir and not (json_path and images):
+        raise DataError(f"data is 'coco': name a folder in COCO's layout with --data_dir, or --{split}_json and --{split}_images")
+    return Coco(json_path or f"{c.data_dir}/annotations/instances_{split}2017.json", images or f"{c.data_dir}/{split}2017",
+                c.coord_shift - CLASS_SHIFT - 1, c.bad_boxes)
+
+
+def detection_options(c):
+    return DetectionOptions(c.model.image_size, c.max_objects, (c.scale_min, c.scale_max), c.flip, c.noise_boxes,
+                            c.noise_weight, c.pad_weight)
+
+
+class Positions:
+    """Batch sampler: from step `start` on, this process's share of each global batch, in `parts` parts. A part is every
+    (world x parts)-th position of the batch, so which process computes what does not change the batch."""
+
+    def __init__(self, start, steps, batch, parts=1, rank=0, world=1):
+        self.start, self.steps, self.batch, self.parts, self.rank, self.world = start, steps, batch, parts, rank, world
+
+    def __len__(self):
+        return (self.steps - self.start) * self.parts
+
+    def __iter__(self):
+        for step in range(self.start, self.steps):
+            for part in range(self.parts):
+                first = step * self.batch + self.rank * self.parts + part
+                yield list(range(first, (step + 1) * self.batch, self.world * self.parts))
+
+
+def make_loader(dataset, batch_sampler, collate_fn, workers, pin=False):
+    """DataLoader over whole batches of a map-style dataset. Its own generator keeps it from drawing on the global one,
+    which would make a resumed run differ."""
+    return DataLoader(dataset, batch_sampler=batch_sampler, collate_fn=collate_fn, num_workers=workers, pin_memory=pin,
+                      prefetch_factor=4 if workers else None, generator=torch.Generator().manual_seed(0))
+
+
+def to_images(pixels, sizes, device):
+    """uint8 (B, H, W, 3) and sizes (B, 2) of the unpadded parts -> float (B, 3, H, W) in [0, 1] on the device, with
+    PAD_VALUE below and to the right."""
+    pixels, sizes = pixels.to(device, non_blocking=True), sizes.to(device, non_blocking=True)
+    images = pixels.permute(0, 3, 1, 2).float() / 255
+    y, x = torch.arange(images.shape[2], device=device), torch.arange(images.shape[3], device=device)
+    inside = (y[:, None] < sizes[:, 0, None, None]) & (x < sizes[:, 1, None, None])              # (B, H, W)
+    return torch.where(inside[:, None], images, PAD_VALUE)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--export", metavar="DIR", help="write shapes there in COCO's layout")
+    parser.add_argument("--sheet", metavar="FILE", help="write a picture of the first 32 held-out scenes")
+    parser.add_argument("--count", type=int, default=1000, help="training scenes to export; at most 500 held-out ones go with them")
+    parser.add_argument("--size", type=int, default=64, help="side of a scene in pixels")
+    parser.add_argument("--seed", type=int, default=0, help="another seed is another world")
+    parser.add_argument("--format", choices=["jpg", "png"], default="jpg", help="of the exported images")
+    args = parser.parse_args()
+    if args.count < 1 or args.size < 16:
+        parser.error("expected --count of at least 1 and --size of at least 16")
+    if args.export:
+        export_shapes(args.export, args.count, args.size, args.seed, args.format)
+        print(f"wrote {args.export}; train on it with: python train.py --data=coco --data_dir={args.export}")
+    if args.sheet:
+        scenes = [np.asarray(Shapes("val", args.size, seed=args.seed)[i]["image"]) for i in range(32)]
+        Image.fromarray(np.concatenate([np.concatenate(scenes[r:r + 8], 1) for r in range(0, 32, 8)])).save(args.sheet)
+        print(f"wrote {args.sheet}")
+    if not (args.export or args.sheet):
+        parser.print_help()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Agreement with the reference's TensorFlow implementation, on numbers measured from it.
+
+Every .npz in the folder PARITY_DIR (default: tests/golden) is checked; a file that no check knows is a failure. Models are
+built from the file's own configuration and filled by `load_reference_weights`, as released checkpoints are.
+"""
+import glob
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import tokenizer
+import train
+from model import Pix2Seq, Pix2SeqConfig, filter_logits, load_reference_weights, token_loss
+from tokenizer import Vocab
+
+FOLDER = os.environ.get("PARITY_DIR") or os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden")
+FILES = sorted(glob.glob(os.path.join(FOLDER, "*.npz")))
+
+
+class Golden:
+    """One file: `config`, `weights`, and tensors by name: g["in:image"]."""
+
+    def __init__(self, path):
+        self.npz = np.load(path)
+        self.config = json.loads(bytes(self.npz["config"]))
+        self.weights = {key[2:]: self.npz[key] for key in self.npz if key.startswith("w:")}
+        self.unchecked = {key for key in self.npz if key.startswith("out:")}
+
+    def __getitem__(self, key):
+        return torch.from_numpy(self.npz[key])
+
+    def check(self, key, ours, tolerance=1e-4):
+        """Integers agree exactly, floats within the tolerance."""
+        self.unchecked.discard(key)
+        expected = self[key]
+        assert tuple(ours.shape) == tuple(expected.shape), f"{key}: shape {tuple(ours.shape)}, expected {tuple(expected.shape)}"
+        if expected.is_floating_point():
+            worst = (ours.double() - expected.double()).abs().max().item()
+            assert worst <= tolerance, f"{key}: differs by {worst:.3g}"
+        else:
+            wrong = (ours.long() != expected.long()).sum().item()
+            assert wrong == 0, f"{key}: {wrong} of {expected.numel()} integers differ"
+
+
+def pix2seq_config(c):
+    """The reference's option names -> ours."""
+    if c["resnet_variant"] != "c1":
+        pytest.fail(f"no encoder for resnet_variant {c['resnet_variant']!r}")
+    return Pix2SeqConfig(
+        image_size=tuple(c["image_size"]), patch_size=c["patch_size"], enc_layers=c["num_encoder_layers"], enc_dim=c["dim_att"],
+        enc_mlp=c["dim_mlp"], enc_heads=c["num_heads"], pos_encoding=c["pos_encoding"], cls_token=c["use_cls_token"],
+        projection=c["dec_proj_mode"], dec_layers=c["num_decoder_layers"], dec_dim=c["dim_att_dec"], dec_mlp=c["dim_mlp_dec"],
+        dec_heads=c["num_heads_dec"], pos_encoding_dec=c["pos_encoding_dec"], vocab_size=c["vocab_size"], max_seq_len=c["max_seq_len"],
+        shared_embedding=c["shared_decoder_embedding"], output_bias=c["decoder_output_bias"], drop_path=c["drop_path"],
+        dropout=c["drop_units"], att_dropout=c["drop_att"])
+
+
+def check_pix2seq(g):
+    model = Pix2Seq(pix2seq_config(g.config)).eval()
+    load_reference_weights(model, g.weights)
+    everything = slice(0, g.config["vocab_size"])
+    with torch.no_grad():
+        images = g["in:image"].permute(0, 3, 1, 2)
+        context = model.encode(images)
+        g.check("out:encoded", context)
+        logits = model(images, g["in:seq"])
+        g.check("out:logits", logits)
+        g.check("out:instance_logits", model(images, g["in:instance_seq"]).flatten(0, 1))
+        for cache in (True, False):
+            prompts, length = g["in:prompt"], g["out:greedy_tokens"].shape[1]
+            out = model.generate(context, prompts, length, temperature=0, keep=everything, cache=cache)
+            g.check("out:greedy_tokens", out.tokens[:, 0])
+            worst = (out.logprobs[:, 0] - g["out:greedy_logits"].log_softmax(-1)).abs().max().item()
+            assert worst < 1e-4, f"greedy logits differ by {worst:.3g}"
+            g.unchecked.discard("out:greedy_logits")
+            length = g["out:greedy_tokens_instances"].shape[1]
+            out = model.generate(context, g["in:prompt_instances"], length, top_k=1, cache=cache)
+            g.check("out:greedy_tokens_instances", out.tokens.flatten(0, 1))
+    targets, weights = g["in:target"], g["in:token_weights"]
+    each = {"xent": {}, "xent_ls": {"smoothing": 0.1}, "focal": {"kind": "focal", "gamma": 2.0}}
+    for name, options in each.items():
+        g.check(f"out:loss_{name}", token_loss(g["out:logits"], targets, **options))
+    g.check("out:weighted_loss_xent", (token_loss(logits, targets) * weights).sum() / (weights.sum() + 1e-9))
+
+
+def check_tokens(g):
+    c = g.config
+    shift, V = c["coord_vocab_shift"], g["in:logits"].shape[-1]
+    vocab = Vocab(c["quantization_bins"], shift, shift + c["quantization_bins"], max(V, shift + c["quantization_bins"]))
+    boxes, labels = g["in:bbox"], g["in:label"]
+    tokens = tokenizer.encode_detection(boxes, labels, vocab, noise_weight=c["noise_bbox_weight"], pad_weight=1.0)
+    g.check("out:response_seq", tokens.targets)
+    g.check("out:token_weights", tokens.weights)
+    real = labels.clamp_min(0)                         # the reference marks no noise boxes in instance prompts
+    prompt = tokenizer.instance_prompt(c["task_vocab_id"], boxes, labels, vocab)
+    empty_or_noise = (prompt == g["out:prompt_seq"]).all(-1) | (labels < 0)
+    assert empty_or_noise.all()
+    g.check("out:prompt_seq", tokenizer.instance_prompt(c["task_vocab_id"], boxes, real, vocab))
+    points = tokenizer.encode_points(g["in:points"], real, vocab)
+    g.check("out:point_seq", points)
+    g.check("out:points_back", tokenizer.decode_points(points, vocab))
+    logits, seq = g["in:logits"], g["in:seq"]
+    found_labels, found_boxes, scores = tokenizer.decode_detection(seq, logits.log_softmax(-1)[..., vocab.classes], vocab)
+    g.check("out:det_class", found_labels)
+    g.check("out:det_box", found_boxes)
+    g.check("out:det_score", scores)
+    probs = logits.softmax(-1).gather(-1, seq[..., None])[..., 0]
+    g.check("out:weighted_score", tokenizer.point_score(g["in:box_score"], seq, probs, c["points_score_weight"]))
+    g.check("out:quantized", tokenizer.quantize(g["in:coords"], vocab.bins))
+    g.check("out:dequantized", tokenizer.dequantize(g["out:quantized"], vocab.bins))
+    for key in [k for k in g.npz if k.startswith("out:top_logits/")]:
+        k, p = key.removeprefix("out:top_logits/k").split("_p")
+        ours, expected = filter_logits(g["in:top_in"], int(k), float(p)), g[key]
+        assert ((ours == -torch.inf) == (expected < -1e9)).all(), f"{key}: other tokens are kept"
+        g.check(key, ours.where(ours > -torch.inf, expected))
+
+
+def check_optim(g):
+    cases = {name: o for name, o in g.config["cases"].items() if o["optimizer"] == "adamw"}
+    for name, o in cases.items():
+        kernel, bias = (torch.nn.Parameter(g[f"in:{k}0"].clone()) for k in ("kernel", "bias"))
+        c = train.Config(lr=g.config["lr"], weight_decay=o["weight_decay"], beta1=o["beta1"], beta2=o["beta2"], eps=o["eps"],
+                         no_decay=o.get("exclude_from_weight_decay", "").replace(",", "|"))
+        optimizer = train.make_optimizer([("kernel", kernel), ("bias", bias)], c, torch.device("cpu"))
+        history = {"kernel": [], "bias": []}
+        for grads in zip(g["in:grad_kernel"], g["in:grad_bias"]):
+            kernel.grad, bias.grad = (grad.clone() for grad in grads)
+            if o["global_clipnorm"] > 0:
+                torch.nn.utils.clip_grad_norm_([kernel, bias], o["global_clipnorm"])
+            optimizer.step()
+            history["kernel"].append(kernel.detach().clone())
+            history["bias"].append(bias.detach().clone())
+        for key, values in history.items():
+            g.check(f"out:{name}/{key}", torch.stack(values))
+    s = g.config["schedule"]
+    for key in [k for k in g.npz if k.startswith("out:lr/")]:
+        rates = [train.learning_rate(step, s["base_lr"], key.removeprefix("out:lr/"), s["warmup"], s["total"], s["end_lr_factor"])
+                 for step in g["in:steps"].tolist()]
+        g.check(key, torch.tensor(rates), tolerance=1e-4 * s["base_lr"])
+    g.unchecked -= {f"out:{name}/{key}" for name in set(g.config["cases"]) - set(cases) for key in ("kernel", "bias")}  # LAMB: with diffusion
+
+
+CHECKS = {"ar_vit": check_pix2seq, "ar_vit_cls_learned": check_pix2seq, "tokens": check_tokens, "optim": check_optim}
+
+
+def find_check(path):
+    """By name; a file whose name is new is told by what it holds."""
+    name, g = os.path.splitext(os.path.basename(path))[0], Golden(path)
+    if name in CHECKS:
+        return CHECKS[name], g
+    if g.config.get("name") == "encoder_ar_decoder":
+        return check_pix2seq, g
+    for known in sorted(CHECKS, key=len, reverse=True):
+        if name.startswith(known):
+            return CHECKS[known], g
+    pytest.fail(f"no check knows {path}")
+
+
+@pytest.mark.parametrize("path", FILES, ids=[os.path.basename(f) for f in FILES])
+def test_agrees_with_the_reference(path):
+    check, g = find_check(path)
+    check(g)
+    assert not g.unchecked, f"not checked: {sorted(g.unchecked)}"
+
+
+def test_there_are_golden_files():
+    assert FILES, f"no .npz in {FOLDER}"

@@ -1,0 +1,595 @@
+"""Train a model: the loop, its recipes, its checkpoints.
+
+Recipes of Pix2Seq (arXiv 2109.10852, section 3.1 and appendix) are presets; every field of a preset can be changed on
+the command line. The same command goes on from the last checkpoint after any interruption. Under torchrun the global
+batch is shared out, with the same result. Left out: model and pipeline parallelism.
+
+    python train.py                                     # det_shapes: from nothing to boxes in minutes on a CPU
+    python train.py det_coco_vit_b --data_dir=coco --lr=1e-4
+    torchrun --nproc_per_node=8 train.py det_coco_vit_l --data_dir=coco
+    python train.py --list                              # presets;  --help: every field;  --bench: speed
+"""
+import contextlib
+import difflib
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import typing
+from dataclasses import asdict, dataclass, field, fields, replace
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+from data import DataError
+from eval import BBOX_METRICS, evaluate
+from model import SIZES, Pix2Seq, Pix2SeqConfig, count_parameters, token_loss
+from sample import detect, draw_objects, make_vocab, objects_in_image, pick_device, read_checkpoint, tile
+
+# ---------------------------------------------------------------------------------------------------------------
+# configuration
+
+@dataclass(frozen=True)
+class Config:
+    """A run. The fields of `model` are set on the command line like these."""
+    model: Pix2SeqConfig = field(default_factory=Pix2SeqConfig)
+    # data
+    data: str = "shapes"                       # shapes (drawn here) or coco (any dataset in COCO's format)
+    data_dir: str = ""                         # coco: folder with train2017/, val2017/ and annotations/
+    train_json: str = ""                       # coco: annotations for training, if not in data_dir
+    train_images: str = ""                     # coco: their images
+    val_json: str = ""                         # coco: annotations held out
+    val_images: str = ""                       # coco: their images
+    bad_boxes: str = "error"                   # coco: boxes that are empty or outside their image: error or drop
+    max_things: int = 4                        # shapes: most objects in a scene
+    data_seed: int = 0                         # shapes: another seed is another world
+    val_count: int = 500                       # shapes: held-out scenes
+    max_objects: int = 100                     # most objects in a sequence, noise boxes counted
+    scale_min: float = 0.3                     # scale jitter: smallest size of the image in its canvas
+    scale_max: float = 2.0                     # scale jitter: largest
+    flip: bool = True                          # mirror half of the images
+    noise_boxes: bool = True                   # fill sequences up with noise boxes (sequence augmentation)
+    noise_weight: float = 1.0                  # loss weight of the class of a noise box
+    pad_weight: float = 0.1                    # loss weight of padding, that is of ending the sequence
+    bins: int = 1000                           # coordinate values along a side of the image
+    coord_shift: int = 1000                    # first coordinate token; leaves coord_shift - 101 class labels
+    text_shift: int = 3000                     # first text token
+    # prediction
+    top_p: float = 0.4                         # nucleus of sampling
+    top_k: int = 0                             # sample among so many tokens; 0: all
+    temperature: float = 1.0                   # of sampling; 0: the likeliest token
+    # optimisation
+    batch_size: int = 32                       # images a step, over all processes and accumulated parts
+    accumulate: int = 1                        # parts that a process computes its share of a batch in: less memory
+    epochs: float = 0.0                        # length of training, if steps is 0
+    steps: int = 0                             # length of training
+    warmup_epochs: float = 0.0                 # linear rise of the learning rate, if warmup_steps is 0
+    warmup_steps: int = 0                      # linear rise of the learning rate
+    lr: float = 3e-5                           # peak learning rate
+    schedule: str = "linear"                   # after the warm-up: linear, cosine, cosine@SHARE, exp@RATE or none
+    end_lr_factor: float = 0.01                # last learning rate, as a share of the peak
+    weight_decay: float = 0.05                 # decoupled, on every parameter but no_decay
+    no_decay: str = ""                         # regular expression for names of parameters without decay
+    beta1: float = 0.9                         # of AdamW
+    beta2: float = 0.95                        # of AdamW
+    eps: float = 1e-8                          # of AdamW
+    clip_norm: float = 0.0                     # largest global norm of the gradient; 0: no limit
+    label_smoothing: float = 0.0               # of the cross entropy
+    seed: int = 0                              # of weights, order, augmentation and dropout
+    # the run
+    out: str = ""                              # folder of the run (default: out/PRESET)
+    fresh: bool = False                        # start again, moving an earlier run in that folder aside
+    device: str = "auto"                       # auto, cuda, mps or cpu
+    dtype: str = "auto"                        # auto (bfloat16 on cuda, else float32), float32 or bfloat16
+    compile: str = "auto"                      # torch.compile: auto (on cuda), on or off
+    workers: int = -1                          # processes that load data; -1: one less than the cores of this process's share, at most 8
+    log_every: int = 50                        # steps between lines of the log
+    eval_every: int = 0                        # steps between evaluations; 0: only at the end
+    save_every: int = 500                      # steps between checkpoints
+    eval_images: int = 0                       # held-out images of an evaluation while training; 0: all
+    pictures: int = 8                          # held-out images drawn at each evaluation
+
+
+# Keys that may change when a run goes on; any other would silently make it another run.
+RUNTIME_KEYS = {"out", "fresh", "device", "dtype", "compile", "workers", "log_every", "eval_every", "save_every", "eval_images",
+                "pictures", "data_dir", "train_json", "train_images", "val_json", "val_images", "accumulate", "checkpointing"}
+
+
+@dataclass(frozen=True)
+class Preset:
+    config: Config
+    about: str                                 # the recipe in words
+    hardware: str                              # what it is meant for
+    result: str                                # measured (hardware, time), published, or not run
+
+
+TINY_VOCAB = dict(bins=100, coord_shift=110, text_shift=210)
+SHAPES_MODEL = Pix2SeqConfig(image_size=(64, 64), patch_size=8, enc_layers=3, enc_dim=96, enc_mlp=384, enc_heads=4,
+                             dec_layers=2, dec_dim=96, dec_mlp=384, dec_heads=4, vocab_size=210, max_seq_len=64,
+                             drop_path=0.0, dropout=0.0)
+FINETUNE = Config(data="coco", bad_boxes="drop", lr=3e-5, epochs=40, warmup_epochs=2, batch_size=32, log_every=100,
+                  eval_every=10_000, save_every=2_000, eval_images=1000)
+
+PRESETS = {
+    "det_shapes": Preset(
+        Config(SHAPES_MODEL, **TINY_VOCAB, max_objects=5, scale_min=1.0, scale_max=1.0, flip=False, noise_boxes=False,
+               steps=4000, warmup_steps=200, lr=2e-3, clip_norm=1.0, eval_every=1000, eval_images=200),
+        "boxes of drawn shapes, 64 px", "2 CPU cores", "not run"),
+    "det_coco_tiny": Preset(
+        Config(replace(SIZES["vit_tiny"], image_size=(256, 256)), data="coco", bad_boxes="drop", max_objects=30,
+               steps=2000, warmup_steps=100, lr=1e-3, batch_size=16, eval_every=500),
+        "a small ViT on COCO, 256 px, for CPUs and tests", "2 CPU cores", "not run"),
+    "det_coco_vit_b": Preset(
+        replace(FINETUNE, model=SIZES["vit_b"]),
+        "COCO fine-tuning of 2109.10852, 640 px", "8 GPUs of 40 GB", "not run here; published 44.2 AP from Objects365 weights"),
+    "det_coco_vit_l": Preset(
+        replace(FINETUNE, model=SIZES["vit_l"]),
+        "COCO fine-tuning of 2109.10852, 640 px", "8 GPUs of 80 GB", "not run here; published 47.6 AP from Objects365 weights"),
+    "det_o365_vit_b": Preset(
+        replace(FINETUNE, model=SIZES["vit_b"], batch_size=256, epochs=0, steps=400_000, warmup_epochs=0, warmup_steps=20_000, lr=1e-4),
+        "Objects365 pretraining of 2109.10852, 640 px (lr and warm-up are ours: not published)", "32 GPUs of 40 GB", "not run"),
+}
+DEFAULT_PRESET = "det_shapes"
+
+
+class UsageError(SystemExit):
+    """A wrong command line: the message goes to standard error, the exit code is 2."""
+
+    def __init__(self, message):
+        print(f"error: {message}", file=sys.stderr)
+        super().__init__(2)
+
+
+def nearest(name, choices):
+    close = difflib.get_close_matches(name, choices, 1)
+    return f", did you mean {close[0]!r}?" if close else f", expected one of {', '.join(choices)}"
+
+
+def convert(key, text, kind):
+    """The text of a command line -> a value of the field's type."""
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if typing.get_origin(kind) is tuple:           # 640 stands for 640,640
+            values = [typing.get_args(kind)[0](part) for part in text.split(",")]
+            values = values * 2 if len(values) == 1 else values
+            return tuple(values) if len(values) == 2 else 1 / 0
+        return kind(text)
+    except (ValueError, KeyError, ZeroDivisionError):
+        name = getattr(kind, "__name__", str(kind)) if typing.get_origin(kind) is None else "one or two integers"
+        raise UsageError(f"--{key}={text}: expected {name}") from None
+
+
+def parse(argv):
+    """Command line -> (preset name, Config, actions). Fields of the model are set like those of the run."""
+    actions = {arg for arg in argv if arg in ("--list", "--help", "-h", "--bench")}
+    argv = [arg for arg in argv if arg not in actions]
+    name = argv.pop(0) if argv and not argv[0].startswith("-") else DEFAULT_PRESET
+    if name not in PRESETS:
+        raise UsageError(f"unknown preset {name!r}" + nearest(name, PRESETS))
+    config = PRESETS[name].config
+    run_types, model_types = (typing.get_type_hints(type(part)) for part in (config, config.model))
+    run_types.pop("model")
+    run, model = {}, {}
+    while argv:
+        key, equals, text = argv.pop(0).partition("=")
+        key = key.removeprefix("--").replace("-", "_") if key.startswith("--") else key
+        kind = run_types.get(key) or model_types.get(key)
+        if kind is None:
+            raise UsageError(f"unknown key {key!r}" + nearest(key, [*run_types, *model_types]))
+        if not equals:
+            bare = kind is bool and (not argv or argv[0].startswith("--"))
+            if not bare and not argv:
+                raise UsageError(f"--{key}: expected a value")
+            text = "true" if bare else argv.pop(0)
+        (run if key in run_types else model)[key] = convert(key, text, kind)
+    config = replace(config, **run, model=replace(config.model, **model))
+    return name, replace(config, out=config.out or f"out/{name}"), actions
+
+
+def field_help(config_type):
+    """{field: its comment in the source}: the meaning of a field is written once, beside it."""
+    return dict(re.findall(r"^    (\w+): .*?# (.+)$", inspect.getsource(config_type), re.M))
+
+
+def print_help(name, config):
+    print(__doc__ + f"\nFields, with the values of {name}:")
+    for part in (config, config.model):
+        for key, meaning in field_help(type(part)).items():
+            print(f"  --{key + '=' + str(getattr(part, key)):34} {meaning}")
+
+
+def print_presets():
+    for name, preset in PRESETS.items():
+        print(f"{name}\n    {preset.about}\n    for {preset.hardware}; {preset.result}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# optimisation
+
+def learning_rate(step, base, schedule, warmup, total, end_factor):
+    """Learning rate of a step, counted from 0: a linear rise over `warmup` steps, then a decay until step `total`.
+    schedule: linear | cosine | cosine@SHARE (only that share of the half wave) | exp@RATE | none."""
+    form = re.fullmatch(r"(linear|cosine|none)|(cosine|exp)@([\d.]+)", schedule)
+    if not form:
+        raise ValueError(f"unknown schedule {schedule!r}, expected linear, cosine, cosine@SHARE, exp@RATE or none")
+    kind, number = form[1] or form[2], float(form[3] or 1)
+    if step < warmup:
+        return base * step / warmup
+    if kind == "none":
+        return base
+    progress = (step - warmup) / max(total - warmup, 1)
+    if kind == "exp":
+        return base * number ** progress
+    progress = min(progress * number, 1.0)             # a share of the half wave; linear has 1
+    left = 1 - progress if kind == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return base * (left * (1 - end_factor) + end_factor)
+
+
+def make_optimizer(named_parameters, c, device):
+    """AdamW with decoupled decay on all parameters but those whose name matches c.no_decay."""
+    named = [(name, p) for name, p in named_parameters if p.requires_grad]
+    exempt = [p for name, p in named if c.no_decay and re.search(c.no_decay, name)]
+    decayed = [p for name, p in named if not (c.no_decay and re.search(c.no_decay, name))]
+    groups = [{"params": decayed, "weight_decay": c.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps,
+                             fused=device.type in ("cpu", "cuda"))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+def save(path, content):
+    """Write a file whole or not at all: under another name first, then renamed."""
+    with open(path + ".tmp", "wb") as f:
+        torch.save(content, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".tmp", path)
+
+
+def check_same_run(saved, config, path):
+    """ValueError if a checkpoint's configuration differs from this one in more than how it is run."""
+    flat = lambda c: {k: v for k, v in c.items() if k != "model"} | c["model"]
+    now, then = json.loads(json.dumps(flat(asdict(config)))), json.loads(json.dumps(flat(saved)))
+    changed = [f"{k}: {then.get(k)} there, {v} here" for k, v in now.items() if k not in RUNTIME_KEYS and then.get(k) != v]
+    if changed:
+        raise ValueError(f"{path} is of another run ({'; '.join(changed)}): use the same values, another --out, or --fresh")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the run
+
+class Run:
+    """What every part of a run needs: configuration, processes, device, data, model."""
+
+    def __init__(self, name, config):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = pick_device(config.device)
+        if "RANK" in os.environ:
+            if self.device.type == "cuda":
+                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(self.device)
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        if config.batch_size % (self.world * config.accumulate):
+            raise ValueError(f"batch_size {config.batch_size} is not a multiple of {self.world} processes x accumulate {config.accumulate}")
+        on_cuda = self.device.type == "cuda"
+        self.dtype = getattr(torch, config.dtype if config.dtype != "auto" else "bfloat16" if on_cuda else "float32")
+        self.compiled = config.compile == "on" or (config.compile == "auto" and on_cuda)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self.workers = config.workers if config.workers >= 0 else min(8, max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1, 0))
+        torch.set_float32_matmul_precision("high")
+
+        self.source = {split: data.make_source(config, split) for split in ("train", "val")}
+        if not config.steps:
+            if not config.epochs or self.source["train"].endless:
+                raise ValueError("expected --steps" + ("" if self.source["train"].endless else " or --epochs"))
+            config = replace(config, steps=round(config.epochs * len(self.source["train"]) / config.batch_size))
+        if not config.warmup_steps and config.warmup_epochs:
+            config = replace(config, warmup_steps=round(config.warmup_epochs * len(self.source["train"]) / config.batch_size))
+        if 5 * config.max_objects > config.model.max_seq_len:
+            raise ValueError(f"max_objects {config.max_objects} need {5 * config.max_objects} tokens, max_seq_len is {config.model.max_seq_len}")
+        learning_rate(0, config.lr, config.schedule, config.warmup_steps, config.steps, config.end_lr_factor)
+        self.name, self.config, self.vocab = name, config, make_vocab(config)
+        self.categories = [{"id": i["id"], "name": i["name"], "label": self.source["train"].label_of[i["id"]]}
+                           for i in self.source["train"].categories]
+
+        torch.manual_seed(config.seed)
+        self.model = Pix2Seq(config.model).to(self.device)
+        self.optimizer = make_optimizer(self.model.named_parameters(), config, self.device)
+        self.forward = torch.compile(self.model) if self.compiled else self.model
+        if self.world > 1:
+            self.forward = DistributedDataParallel(self.forward, [self.device.index] if on_cuda else None)
+
+    def say(self, text):
+        if self.rank == 0:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    def loader(self, start, steps):
+        """Batches of this process from a step on, in `accumulate` parts a step."""
+        c, options = self.config, data.detection_options(self.config)
+        positions = data.Positions(start, steps, c.batch_size, c.accumulate, self.rank, self.world)
+        stream = data.TrainStream(self.source["train"], options, c.seed)
+        return data.make_loader(stream, positions, data.TrainCollate(self.vocab, options), self.workers, pin=self.device.type == "cuda")
+
+    def loss(self, batch):
+        """Weighted sum of the losses of a batch's tokens."""
+        images = data.to_images(batch["image"], batch["size"], self.device)
+        inputs, targets, weights = (batch[k].to(self.device, non_blocking=True) for k in ("inputs", "targets", "weights"))
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            logits = self.forward(images, inputs)
+        return (token_loss(logits, targets, smoothing=self.config.label_smoothing) * weights).sum()
+
+    def step(self, parts, step, stop):
+        """One optimiser step on this process's parts of a batch. Returns loss and gradient norm as tensors, and a tensor
+        that is positive if any process was asked to stop; nothing here waits for the device."""
+        c = self.config
+        # The noise of a step depends on nothing before it, so a run that goes on repeats it.
+        torch.manual_seed((c.seed * 1_000_003 + step) * 65_537 + self.rank)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, c.lr, c.schedule, c.warmup_steps, c.steps, c.end_lr_factor)
+        shared = torch.stack([sum(part["weights"].sum() for part in parts), torch.tensor(float(stop))]).to(self.device)
+        if self.world > 1:
+            dist.all_reduce(shared)
+        total = torch.zeros((), device=self.device)
+        for i, part in enumerate(parts):
+            last = i == len(parts) - 1
+            with contextlib.nullcontext() if last or self.world == 1 else self.forward.no_sync():
+                loss = self.loss(part) / (shared[0] + 1e-9)
+                (loss * self.world).backward()         # gradients are averaged over processes, losses summed
+            total += loss.detach()
+        if self.world > 1:
+            dist.all_reduce(total)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip_norm if c.clip_norm > 0 else math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total, norm, shared[1]
+
+    def checkpoint(self, step, best, optimizer=True):
+        content = {"model": self.model.state_dict(), "step": step, "best": best, "preset": self.name,
+                   "config": asdict(self.config), "categories": self.categories}
+        return content | ({"optimizer": self.optimizer.state_dict()} if optimizer else {})
+
+    def resume(self):
+        """Go on from last.pt if there is one. Returns (step, best AP)."""
+        path = f"{self.config.out}/last.pt"
+        if not os.path.exists(path):
+            return 0, -1.0
+        saved = read_checkpoint(path, self.device)
+        check_same_run(saved["config"], self.config, path)
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        return saved["step"], saved["best"]
+
+    def evaluate(self, step, limit=None):
+        """Metrics on held-out data (on the first process; elsewhere None), and a picture of predictions."""
+        c = self.config
+        metrics, _ = evaluate(self.model, self.source["val"], c, self.device, batch_size=max(1, min(c.batch_size // self.world, 100)),
+                              workers=self.workers, limit=limit, dtype=self.dtype)
+        if self.rank == 0 and c.pictures:
+            self.draw(f"{c.out}/step_{step:07d}.png")
+        return metrics
+
+    def draw(self, path):
+        """Predictions on the first held-out images, always the same ones."""
+        self.model.eval()
+        category_of, names = {k["label"]: k["id"] for k in self.categories}, {k["id"]: k["name"] for k in self.categories}
+        pictures = []
+        for i in range(min(self.config.pictures, len(self.source["val"]))):
+            with contextlib.suppress(DataError):
+                image = self.source["val"][i]["image"]
+                view = data.eval_view(image, self.config.model.image_size)
+                images = data.to_images(torch.from_numpy(view.image(image))[None], torch.tensor([[view.height, view.width]]), self.device)
+                found = detect(self.model, images, self.config, torch.Generator(self.device).manual_seed(0))
+                objects = objects_in_image(view, *(x[0] for x in found), category_of)
+                pictures.append(draw_objects(image, [o for o in objects if o["score"] >= 0.3], names, side=256))
+        if pictures:
+            tile(pictures).save(path)
+        self.model.train()
+
+
+class Log:
+    """Lines for people on standard output, for programs in log.jsonl, for TensorBoard if it is installed."""
+
+    def __init__(self, run, start):
+        self.run, self.path, self.board = run, f"{run.config.out}/log.jsonl", None
+        if run.rank > 0:
+            return
+        if os.path.exists(self.path):                  # forget what an interrupted run logged after its last checkpoint
+            with open(self.path) as f:
+                lines = [line for line in f if line.endswith("}\n") and json.loads(line)["step"] <= start]
+            with open(self.path, "w") as f:
+                f.writelines(lines)
+        with contextlib.suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(run.config.out)
+
+    def __call__(self, step, **values):
+        if self.run.rank > 0:
+            return
+        with open(self.path, "a") as f:
+            f.write(json.dumps({"step": step, **values}) + "\n")
+        self.run.say(f"step {step:>7} " + " ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()))
+        for key, value in values.items() if self.board else ():
+            self.board.add_scalar(key, value, step)
+
+
+def memory_gb(device):
+    """Peak memory of this process in GiB: of the GPU, or resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    import resource                                    # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
+
+
+def train(run):
+    """The loop. Returns the final metrics on the first process, or None if it was interrupted."""
+    c = run.config
+    if c.fresh and run.rank == 0 and os.path.exists(c.out):
+        aside = next(f"{c.out}.{n}" for n in range(1, 10_000) if not os.path.exists(f"{c.out}.{n}"))
+        shutil.move(c.out, aside)
+        run.say(f"moved the earlier run to {aside}")
+    os.makedirs(c.out, exist_ok=True)
+    if run.world > 1:
+        dist.barrier()
+    start, best = run.resume()
+    log = Log(run, start)
+    run.say(f"{run.name}: {count_parameters(run.model):,} parameters, {c.steps} steps of {c.batch_size} images, on {run.world} x {run.device.type}"
+            + (f", going on from step {start}" if start else ""))
+
+    asked = []                                         # signals that asked to stop
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: asked.append(number))
+    batches = iter(run.loader(start, c.steps))
+    bar = tqdm(total=c.steps, initial=start, disable=run.rank > 0 or not sys.stderr.isatty(), dynamic_ncols=True)
+    skipped, began, images, stop_seen, metrics = set(), time.time(), 0, None, None
+    run.model.train()
+    step = start
+    while True:
+        done = step == c.steps
+        stopping = bool(asked) if run.world == 1 else stop_seen is not None and stop_seen.item() > 0
+        if step > start and (done or stopping or step % c.save_every == 0 or (c.eval_every and step % c.eval_every == 0)):
+            if not math.isfinite(total.item()):
+                raise FloatingPointError(f"the loss is {total.item()} at step {step}; {c.out}/last.pt is from before it")
+        if done or (c.eval_every and step > start and step % c.eval_every == 0 and not stopping):
+            metrics = run.evaluate(step, None if done or not c.eval_images else c.eval_images)
+            if run.rank == 0:
+                log(step, **{k: metrics[k] for k in BBOX_METRICS[:3]})
+                if metrics["AP"] > best or done and best < 0:
+                    best = metrics["AP"]
+                    save(f"{c.out}/best.pt", run.checkpoint(step, best, optimizer=False))
+            began, images = time.time(), 0             # evaluation is not training time
+        if run.rank == 0 and step > start and (done or stopping or step % c.save_every == 0):
+            save(f"{c.out}/last.pt", run.checkpoint(step, best))
+        if done or stopping:
+            break
+
+        parts = [next(batches) for _ in range(c.accumulate)]
+        for message in {m for part in parts for m in part["skipped"]} - skipped:
+            skipped.add(message)
+            run.say(f"warning: left out, {len(skipped)} so far: {message}")
+        total, norm, stop_next = run.step(parts, step, bool(asked))
+        # Read the flag one step late: by then the device has long computed it.
+        stop_seen, step, images = stop_next, step + 1, images + c.batch_size
+        bar.update()
+        if step % c.log_every == 0 or run.device.type == "cpu" and not math.isfinite(total.item()):
+            loss = total.item()
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss} at step {step} (gradient norm {norm.item():.3g}); lower --lr or set --clip_norm")
+            seconds = time.time() - began
+            log(step, loss=loss, lr=run.optimizer.param_groups[0]["lr"], grad_norm=norm.item(), ms=1000 * seconds * c.batch_size / images,
+                img_per_s=images / seconds, memory_gb=memory_gb(run.device))
+            bar.set_postfix(loss=f"{loss:.3f}")
+            began, images = time.time(), 0
+    bar.close()
+    if not done:
+        run.say(f"stopped at step {step}, saved in {c.out}/last.pt; the same command goes on from there")
+        sys.exit(128 + (asked[0] if asked else signal.SIGTERM))
+    return metrics
+
+
+def main():
+    name, config, actions = parse(sys.argv[1:])
+    if actions & {"--help", "-h"}:
+        return print_help(name, config)
+    if "--list" in actions:
+        return print_presets()
+    began = time.time()
+    try:
+        run = Run(name, config)
+        if "--bench" in actions:
+            return bench(run)
+        metrics = train(run)
+    except (DataError, ValueError, FileNotFoundError, FloatingPointError) as e:
+        sys.exit(f"error: {e}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if run.rank == 0:
+        out = run.config.out
+        print(f"\nAP {metrics['AP']:.3f}, AP50 {metrics['AP50']:.3f} on {metrics['images']} held-out images after {(time.time() - began) / 60:.1f} minutes\n"
+              f"checkpoints {out}/best.pt and {out}/last.pt, pictures {out}/step_*.png, log {out}/log.jsonl\n"
+              f"next: python sample.py --ckpt={out}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# speed
+
+PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "4090": 165, "3090": 71, "V100": 125, "T4": 65}   # dense, 16 bit
+
+
+def bench(run):
+    """Time the parts of training and decoding on this machine, after a warm-up; medians."""
+    from torch.utils.flop_counter import FlopCounterMode
+    c, device = run.config, run.device
+    sync = torch.cuda.synchronize if device.type == "cuda" else torch.mps.synchronize if device.type == "mps" else lambda: None
+
+    def median_ms(work, repeats, warmup=3):
+        times = []
+        for i in range(warmup + repeats):
+            sync()
+            begin = time.perf_counter()
+            work()
+            sync()
+            times.append(1000 * (time.perf_counter() - begin))
+        return sorted(times[warmup:])[repeats // 2]
+
+    share = c.batch_size // run.world
+    batches = iter(run.loader(0, 1000))
+    heavy = count_parameters(run.model) > 20e6 and device.type == "cpu"
+    repeats = 3 if heavy else 20
+    data_ms = median_ms(lambda: next(batches), repeats, 1 if heavy else 16)
+    parts = [next(batches) for _ in range(c.accumulate)]
+    run.model.train()
+
+    def forward():
+        with torch.no_grad():
+            for part in parts:
+                run.loss(part)
+
+    def backward():
+        for part in parts:
+            run.loss(part).backward()
+        run.optimizer.zero_grad(set_to_none=True)
+
+    warm = 1 if heavy else 5
+    forward_ms, both_ms = median_ms(forward, repeats, warm), median_ms(backward, repeats, warm)
+    step_ms = median_ms(lambda: run.step(parts, 1, False), repeats, warm)
+    tokens = 5 * c.max_objects * share
+    run.say(f"{run.name} on {run.world} x {torch.cuda.get_device_name() if device.type == 'cuda' else device.type}, {run.dtype}, "
+            f"batch {c.batch_size}, compile {'on' if run.compiled else 'off'}\n"
+            f"data       {data_ms:9.1f} ms   {1000 * share / data_ms:9.1f} img/s from {run.workers} workers\n"
+            f"forward    {forward_ms:9.1f} ms\nbackward   {both_ms - forward_ms:9.1f} ms\n"
+            f"step       {step_ms:9.1f} ms   {1000 * c.batch_size / step_ms:9.1f} img/s   {1000 * tokens * run.world / step_ms:9.0f} tokens/s   "
+            f"peak memory {memory_gb(device):.1f} GiB")
+    if device.type == "cuda":
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            Pix2Seq(c.model).eval()(torch.empty(1, 3, *c.model.image_size), torch.empty(1, 5 * c.max_objects, dtype=torch.long)).sum().backward()
+        peak = next((v for k, v in PEAK_TFLOPS.items() if k in torch.cuda.get_device_name()), None)
+        rate = counter.get_total_flops() * share / step_ms / 1e9
+        run.say(f"           {rate:.0f} TFLOP/s, " + (f"{100 * rate / peak:.0f} % of the chip's {peak}" if peak else "peak of this chip not known"))
+
+    run.model.eval()
+    image = torch.rand(1, 3, *c.model.image_size, device=device)
+    prompt, length, took = torch.full((1, 1), 10, device=device), 5 * c.max_objects, {}
+    with torch.no_grad(), torch.autocast(device.type, run.dtype, enabled=run.dtype != torch.float32):
+        encode_ms = median_ms(lambda: run.model.encode(image), repeats, 1)
+        context = run.model.encode(image)
+        for cache in (True, False):
+            took[cache] = median_ms(lambda: run.model.generate(context, prompt, length, top_p=c.top_p, cache=cache), 3 if cache else 1, 1 if cache else 0)
+    run.say(f"encode     {encode_ms:9.1f} ms   one image\n"
+            f"decode     {took[True]:9.1f} ms   {1000 * length / took[True]:9.1f} tokens/s, {length} tokens, batch 1\n"
+            f"  no cache {took[False]:9.1f} ms   {1000 * length / took[False]:9.1f} tokens/s: the cache is {took[False] / took[True]:.1f} times faster")
+
+
+if __name__ == "__main__":
+    main()
