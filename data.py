@@ -2,7 +2,7 @@
 
 Two sources give the same record (see `Shapes.__getitem__`): *shapes*, an endless world of drawn scenes that needs no
 download, and *coco*, any dataset in COCO's format. Augmentation follows Pix2Seq (arXiv 2109.10852, section 2.4 and
-appendix B). A training stream is a pure function of (seed, position), so any number of workers, processes or
+appendix B; 2206.07669 for instances and captions). A training stream is a pure function of (seed, position), so any number of workers, processes or
 restarts sees the same examples. Only uint8 pixels leave a worker; they become floats on the device.
 Left out: downloads. Every path is the user's.
 
@@ -18,10 +18,11 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
-from tokenizer import CLASS_SHIFT, FAKE_LABEL, PAD_LABEL, encode_detection
+from tokenizer import (CLASS_SHIFT, FAKE_LABEL, INVISIBLE_POINT, PAD_LABEL, PAD_POINT, PROMPT_KPT, PROMPT_SEG, SEPARATOR_POINT,
+                       encode_captions, encode_detection, encode_instances)
 
 PAD_VALUE = 0.3                                        # grey level of the padding, as in the reference
 
@@ -37,8 +38,9 @@ KINDS = ("circle", "square", "triangle", "figure")     # categories 1..4
 COLORS = {"red": (220, 50, 40), "green": (50, 170, 70), "blue": (50, 90, 220), "yellow": (235, 205, 50),
           "purple": (150, 60, 180), "white": (240, 240, 240)}
 JOINTS = ("head", "left_hand", "right_hand", "left_foot", "right_foot")      # of a figure; left is the viewer's left
-JOINT_FLIP = (0, 2, 1, 4, 3)
+SKELETON = ((1, 2), (1, 3), (1, 4), (1, 5))           # lines between joints, counted from 1 as in COCO
 SPLITS = {"train": 0, "val": 1}
+JSON_KINDS = {"det": "instances", "seg": "instances", "kpt": "person_keypoints", "cap": "captions"}   # COCO's file for each task
 
 
 @dataclass
@@ -57,7 +59,7 @@ class Thing:
         reach, height = 0.55 + 0.45 * self.pose[:, 0], self.pose[:, 1]
         hands = [(-0.75 + 1.1 * height[0], -reach[0]), (-0.75 + 1.1 * height[1], reach[1])]
         feet = [(1.0, -0.2 - 0.7 * height[2]), (1.0, 0.2 + 0.7 * height[3])]
-        return np.array([(-0.72, 0.0), *hands, *feet]) * self.radius + (self.y, self.x)
+        return np.array([(-0.7, 0.0), *hands, *feet]) * self.radius + (self.y, self.x)
 
     @cached_property
     def polygons(self):
@@ -65,9 +67,9 @@ class Thing:
         if self.kind == "figure":
             _, left_hand, right_hand, left_foot, right_foot = self.joints
             at = lambda y, x: np.array([self.y + y * self.radius, self.x + x * self.radius])
-            body = [at(-0.4, 0), left_hand, at(0.1, -0.2), left_foot, at(0.45, 0), right_foot, at(0.1, 0.2), right_hand]
+            body = [at(-0.55, 0), left_hand, at(0.1, -0.3), left_foot, at(0.35, 0), right_foot, at(0.1, 0.3), right_hand]
             turn = np.arange(12) / 12 * 2 * np.pi
-            head = np.stack([-0.72 + 0.28 * np.cos(turn), 0.28 * np.sin(turn)], -1)
+            head = np.stack([-0.7 + 0.3 * np.cos(turn), 0.3 * np.sin(turn)], -1)
             return [head * self.radius + (self.y, self.x), np.array(body)]
         if self.kind == "circle":
             turn = np.arange(20) / 20 * 2 * np.pi
@@ -91,7 +93,7 @@ def random_scene(rng, max_things):
     for _ in range(rng.integers(1, max_things + 1)):
         kind, color = KINDS[rng.integers(len(KINDS))], list(COLORS)[rng.integers(len(COLORS))]
         for _ in range(10):
-            radius = rng.uniform(0.1, 0.22)
+            radius = rng.uniform(0.12, 0.25)
             y, x = rng.uniform(radius + 0.01, 0.99 - radius, 2)
             thing = Thing(kind, color, y, x, radius, rng.random((4, 2)))
             if all(box_iou(thing.box, other.box) < 0.1 for other in things):
@@ -108,7 +110,8 @@ def box_iou(a, b):
 
 def random_background(rng, size):
     """PIL image of dull colours: a gradient or a blotchy texture."""
-    corners = rng.integers(40, 150, 1) + rng.integers(-25, 26, (2, 2, 3) if rng.random() < 0.5 else (6, 6, 3))
+    cells, contrast = (2, 16) if rng.random() < 0.5 else (6, 8)
+    corners = rng.integers(40, 130) + rng.integers(-contrast, contrast + 1, (cells, cells, 3))
     return Image.fromarray(corners.astype(np.uint8)).resize((size, size), Image.BILINEAR)
 
 
@@ -149,7 +152,7 @@ class Shapes:
         self.split, self.size, self.max_things, self.seed = split, size, max_things, seed
         self.count = count or (1 << 40 if split == "train" else 500)
         self.categories = [{"id": i + 1, "name": kind} for i, kind in enumerate(KINDS)]
-        self.categories[KINDS.index("figure")]["keypoints"] = list(JOINTS)
+        self.categories[KINDS.index("figure")] |= {"keypoints": list(JOINTS), "skeleton": SKELETON}
         self.label_of = {c["id"]: c["id"] for c in self.categories}
 
     def __len__(self):
@@ -158,11 +161,12 @@ class Shapes:
     def __getitem__(self, i):
         """Record i, a dict. N objects; pixel coordinates are floats, (y, x) order, of the image as it is.
         image: PIL RGB            image_id: int              labels: (N,) int64, the label that has a class token
-        boxes: (N, 4) float32 yxyx   iscrowd: (N,) bool      area: (N,) float32, of the mask in square pixels
-        polygons: a list of (P, 2) arrays an object          keypoints: (N, K, 3) float32, y x visibility (0, 1 or 2)
-        captions: list of str
+        boxes: (N, 4) float32 yxyx   iscrowd: (N,) bool      polygons: a list of (P, 2) arrays an object
+        keypoints: (N, K, 3) float32, y x visibility (0, 1 or 2)          captions: list of str
         """
-        rng = np.random.default_rng([self.seed, SPLITS[self.split], i])
+        return self.record(np.random.default_rng([self.seed, SPLITS[self.split], i]), i)
+
+    def record(self, rng, i):
         things = random_scene(rng, self.max_things)
         polygons = [[np.round(p * self.size, 2) for p in thing.polygons] for thing in things]
         extent = [np.concatenate(p) for p in polygons]
@@ -174,25 +178,44 @@ class Shapes:
             "image": draw_scene(things, random_background(rng, self.size)), "image_id": i + 1,
             "labels": np.array([KINDS.index(t.kind) + 1 for t in things], np.int64),
             "boxes": np.array([np.concatenate([e.min(0), e.max(0)]) for e in extent], np.float32),
-            "iscrowd": np.zeros(len(things), bool),
-            "area": np.array([sum(polygon_area(p) for p in parts) for parts in polygons], np.float32),
-            "polygons": polygons, "keypoints": keypoints, "captions": describe(things),
+            "iscrowd": np.zeros(len(things), bool), "polygons": polygons, "keypoints": keypoints, "captions": describe(things),
         }
 
-    def truth(self):
+    @property
+    def people(self):
+        """How many training examples of keypoints there are."""
+        return self.count
+
+    def person(self, i):
+        """A record that has a figure, and which of its objects that is."""
+        for attempt in range(1, 1000):
+            record = self.record(np.random.default_rng([self.seed, SPLITS[self.split], i, attempt]), i)
+            figures = np.flatnonzero(record["labels"] == KINDS.index("figure") + 1)
+            if len(figures):
+                return record, figures[0]
+
+    def truth(self, task="det"):
         """The whole split as a dict in COCO's format, of which pycocotools makes an index."""
         images, annotations = [], []
         for i in range(len(self)):
             record = self[i]
-            images.append({"id": record["image_id"], "file_name": f"{record['image_id']:012d}.png",
-                           "height": self.size, "width": self.size})
-            for n, (y0, x0, y1, x1) in enumerate(record["boxes"].astype(np.float64).round(2)):
-                annotations.append({
-                    "id": len(annotations) + 1, "image_id": record["image_id"], "iscrowd": 0,
-                    "category_id": int(record["labels"][n]), "bbox": [x0, y0, round(x1 - x0, 2), round(y1 - y0, 2)],
-                    "area": float(record["area"][n]),
-                    "segmentation": [p[:, ::-1].ravel().tolist() for p in record["polygons"][n]]})
-        return {"images": images, "annotations": annotations, "categories": self.categories}
+            image_id = record["image_id"]
+            images.append({"id": image_id, "file_name": f"{image_id:012d}.png", "height": self.size, "width": self.size})
+            if task == "cap":
+                annotations += [{"image_id": image_id, "caption": caption} for caption in record["captions"]]
+                continue
+            for (y0, x0, y1, x1), label, polygons, joints in zip(record["boxes"].astype(np.float64).round(2), record["labels"],
+                                                                 record["polygons"], record["keypoints"].astype(np.float64).round(2)):
+                found = {"image_id": image_id, "iscrowd": 0, "category_id": int(label), "bbox": [x0, y0, round(x1 - x0, 2), round(y1 - y0, 2)],
+                         "area": sum(polygon_area(p) for p in polygons), "segmentation": [p[:, ::-1].ravel().tolist() for p in polygons]}
+                if KINDS[label - 1] == "figure":
+                    found |= {"keypoints": joints[:, [1, 0, 2]].ravel().tolist(), "num_keypoints": len(JOINTS)}
+                if task != "kpt" or "keypoints" in found:
+                    annotations.append(found)
+        for n, annotation in enumerate(annotations):
+            annotation["id"] = n + 1
+        categories = [c for c in self.categories if task != "kpt" or "keypoints" in c]
+        return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def polygon_area(points):
@@ -207,12 +230,14 @@ def export_shapes(folder, count, size, seed, image_format):
         source = Shapes(split, size, seed=seed, count=count if split == "train" else min(count, 500))
         os.makedirs(f"{folder}/{split}2017", exist_ok=True)
         os.makedirs(f"{folder}/annotations", exist_ok=True)
-        truth = source.truth()
+        for task, kind in JSON_KINDS.items():
+            truth = source.truth(task)
+            for image in truth["images"]:
+                image["file_name"] = image["file_name"].replace(".png", f".{image_format}")
+            with open(f"{folder}/annotations/{kind}_{split}2017.json", "w") as f:
+                json.dump(truth, f)
         for i, image in enumerate(truth["images"]):
-            image["file_name"] = image["file_name"].replace(".png", f".{image_format}")
             source[i]["image"].save(f"{folder}/{split}2017/{image['file_name']}", quality=95)
-        with open(f"{folder}/annotations/instances_{split}2017.json", "w") as f:
-            json.dump(truth, f)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -321,19 +346,45 @@ class Coco:
         boxed = [a for a in found if "bbox" in a]
         x, y, w, h = np.array([a["bbox"] for a in boxed], np.float32).reshape(-1, 4).T
         limit = np.array([image["height"], image["width"]] * 2, np.float32)
+        joints = max([len(a.get("keypoints", ())) // 3 for a in boxed], default=0)
+        keypoints = np.array([a.get("keypoints") or [0] * 3 * joints for a in boxed], np.float32).reshape(len(boxed), joints, 3)
         return {
             "image": load_image(os.path.join(self.image_dir, image["file_name"]), (image["height"], image["width"])),
             "image_id": image["id"],
             "labels": np.array([self.label_of[a["category_id"]] for a in boxed], np.int64),
             "boxes": np.stack([y, x, y + h, x + w], -1).clip(0, limit),
             "iscrowd": np.array([bool(a.get("iscrowd", 0)) for a in boxed], bool),
+            "polygons": [polygons_of(a) for a in boxed],
+            "keypoints": keypoints[..., [1, 0, 2]],
+            "captions": [a["caption"].strip() for a in found if "caption" in a],
         }
 
-    def truth(self):
-        """The dataset as a dict in COCO's format, without what was left out."""
-        found = [dict(a, id=n + 1, iscrowd=a.get("iscrowd", 0), area=a.get("area", a["bbox"][2] * a["bbox"][3]))
+    @cached_property
+    def units(self):
+        """(image, object) numbers of everybody who has a labelled joint and is no crowd."""
+        return [(i, n) for i, image in enumerate(self.images)
+                for n, a in enumerate(a for a in self.annotations.get(image["id"], []) if "bbox" in a)
+                if any(a.get("keypoints", [])[2::3]) and not a.get("iscrowd", 0)]
+
+    @property
+    def people(self):
+        return len(self.units)
+
+    def person(self, i):
+        image, n = self.units[i]
+        return self[image], n
+
+    def truth(self, task="det"):
+        """The dataset as a dict in COCO's format, without what was left out. Every task has its own file."""
+        found = [dict(a, id=n + 1) if "caption" in a else dict(a, id=n + 1, iscrowd=a.get("iscrowd", 0), area=a.get("area", a["bbox"][2] * a["bbox"][3]))
                  for n, a in enumerate(a for image in self.images for a in self.annotations.get(image["id"], []))]
         return {"images": self.images, "annotations": found, "categories": self.categories}
+
+
+def polygons_of(annotation):
+    """An annotation's outlines, a list of (P, 2) yx arrays; none if it is a run-length mask, as crowds are."""
+    parts = annotation.get("segmentation", [])
+    return [np.array(p, np.float32).reshape(-1, 2)[:, ::-1] for p in parts if len(p) >= 6] if isinstance(parts, list) else []
 
 
 def label(annotation):
@@ -400,21 +451,33 @@ class View:
         return yx * (self.bottom - self.top, self.right - self.left) + (self.top, self.left)
 
 
-def eval_view(image, canvas):
-    """The whole image, as large as the canvas allows."""
-    scale = min(canvas[0] / image.height, canvas[1] / image.width)
-    height, width = max(round(image.height * scale), 1), max(round(image.width * scale), 1)
-    return View(0, 0, image.height, image.width, height, width, canvas)
+def whole(image):
+    """PIL image -> the region (top, left, bottom, right) that is all of it, in pixels."""
+    return 0, 0, image.height, image.width
 
 
-def train_view(image, canvas, rng, scale_range, flip):
+def around_box(image, box, margin):
+    """The region of a yxyx box in pixels, widened on each side by `margin` times its size, within the image."""
+    size = np.tile(box[2:] - box[:2], 2) * (-margin, -margin, margin, margin)
+    return tuple(np.clip(box + size, 0, [image.height, image.width] * 2).tolist())
+
+
+def eval_view(region, canvas):
+    """All of a region, as large as the canvas allows."""
+    h, w = region[2] - region[0], region[3] - region[1]
+    scale = min(canvas[0] / h, canvas[1] / w)
+    return View(*region, max(round(h * scale), 1), max(round(w * scale), 1), canvas)
+
+
+def train_view(region, canvas, rng, scale_range, flip):
     """Scale jitter, then a random crop of the canvas's size, then a mirror (2109.10852, appendix B)."""
-    scale = rng.uniform(*scale_range) * min(canvas[0] / image.height, canvas[1] / image.width)
-    scaled = np.maximum([int(image.height * scale), int(image.width * scale)], 1)
+    origin, size = np.array(region[:2]), np.array(region[2:]) - region[:2]
+    scale = rng.uniform(*scale_range) * min(canvas / size)
+    scaled = np.maximum((size * scale).astype(int), 1)
     offset = (rng.random() * np.maximum(scaled - canvas, 0)).astype(int)       # one number for both directions
     height, width = np.minimum(canvas, scaled - offset)
-    (top, left), (bottom, right) = (corner * (image.height, image.width) / scaled for corner in (offset, offset + (height, width)))
-    return View(top, left, bottom, right, int(height), int(width), canvas, bool(flip and rng.random() < 0.5))
+    start, end = (origin + corner * size / scaled for corner in (offset, offset + (height, width)))
+    return View(*start, *end, int(height), int(width), canvas, bool(flip and rng.random() < 0.5))
 
 
 def view_boxes(view, boxes):
@@ -449,34 +512,91 @@ def truncated_normal(rng, shape, std):
     return x * std
 
 
+def jitter_colors(image, strength, rng):
+    """PIL RGB -> the same with brightness, contrast, saturation and hue changed at random, four times in five, and grey one
+    time in five (the colour distortion of SimCLR, arXiv 2002.05709, appendix A)."""
+    if rng.random() < 0.8:
+        for change in rng.permutation(4):
+            if change < 3:
+                kind = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[change]
+                image = kind(image).enhance(rng.uniform(max(0, 1 - 0.8 * strength), 1 + 0.8 * strength))
+            else:
+                hue, saturation, value = image.convert("HSV").split()
+                turn = int(rng.uniform(-0.2, 0.2) * strength * 256)
+                image = Image.merge("HSV", (hue.point(lambda h: (h + turn) % 256), saturation, value)).convert("RGB")
+    return image.convert("L").convert("RGB") if rng.random() < 0.2 else image
+
+
+def thin_polygons(polygons, most):
+    """A list of (P, 2) -> the same outlines in at most `most` points, a separator between two counted as one: every polygon
+    gives up its share, evenly along its outline; where even triangles are too many, the smallest polygons go."""
+    polygons = sorted(polygons, key=polygon_area, reverse=True)[:(most + 1) // 4]
+    room = most - len(polygons) + 1
+    share = min(room / max(sum(map(len, polygons)), 1), 1)
+    while sum(max(int(len(p) * share), 3) for p in polygons) > room:
+        share *= 0.95
+    kept = [min(max(int(len(p) * share), 3), len(p)) for p in polygons]
+    return [p[np.arange(n) * len(p) // n] for p, n in zip(polygons, kept)]
+
+
 # ---------------------------------------------------------------------------------------------------------------
-# detection examples and batches
+# examples: what a task trains on. Record, configuration (fields of train.Config), generator -> dict of arrays
 
-@dataclass(frozen=True)
-class DetectionOptions:
-    """How records become training sequences."""
-    image_size: tuple[int, int]
-    max_objects: int = 100                             # objects in a sequence, noise boxes counted
-    scale_range: tuple[float, float] = (0.3, 2.0)      # scale jitter; (1, 1) for none
-    flip: bool = True
-    noise: bool = True                                 # fill the sequence up with noise boxes
-    noise_weight: float = 1.0
-    pad_weight: float = 0.1
-
-
-def train_example(record, options, rng):
-    """Record -> dict of arrays: image (H, W, 3) uint8, size (2,) of its unpadded part, boxes (max_objects, 4) fractions
-    of the canvas, labels (max_objects,), corrupt (max_objects, 2) for `encode_detection`."""
-    view = train_view(record["image"], options.image_size, rng, options.scale_range, options.flip)
+def det_example(record, c, rng):
+    """image (H, W, 3) uint8, size (2,) of its unpadded part, boxes (max_objects, 4) fractions of the canvas, labels
+    (max_objects,), corrupt (max_objects, 2) for `encode_detection`."""
+    view = train_view(whole(record["image"]), c.model.image_size, rng, (c.scale_min, c.scale_max), c.flip)
     boxes = view_boxes(view, record["boxes"])
-    kept = (boxes[:, 2:] > boxes[:, :2]).all(-1) & ~record["iscrowd"]
-    order = rng.permutation(np.flatnonzero(kept))[:options.max_objects]
+    order = rng.permutation(np.flatnonzero(visible(boxes) & ~record["iscrowd"]))[:c.max_objects]
     boxes, labels = boxes[order], record["labels"][order]
-    if options.noise and (missing := options.max_objects - len(boxes)):
+    if c.noise_boxes and (missing := c.max_objects - len(boxes)):
         boxes = np.concatenate([boxes, noise_boxes(boxes, missing, rng)])
         labels = np.concatenate([labels, np.full(missing, FAKE_LABEL)])
-    return {"image": view.image(record["image"]), "size": np.array([view.height, view.width]),
-            **pad_objects(view, boxes, labels, options.max_objects), "corrupt": rng.random((options.max_objects, 2), np.float32)}
+    return (seen(view, record["image"]) | pad_objects(view, boxes, labels, c.max_objects)
+            | {"corrupt": rng.random((c.max_objects, 2), np.float32)})
+
+
+def seg_example(record, c, rng):
+    """image, size, boxes (max_instances, 4), labels (max_instances,), points (max_instances, 2 max_points) with the *_POINT marks."""
+    view = train_view(whole(record["image"]), c.model.image_size, rng, (c.instance_scale_min, c.instance_scale_max), c.flip)
+    boxes = view_boxes(view, record["boxes"])
+    outlined = np.array([bool(p) for p in record["polygons"]], bool)
+    order = rng.permutation(np.flatnonzero(visible(boxes) & ~record["iscrowd"] & outlined))[:c.max_instances]
+    return (seen(view, record["image"]) | pad_objects(view, boxes[order], record["labels"][order], c.max_instances)
+            | {"points": outline_points(view, [record["polygons"][i] for i in order], c.max_instances, c.max_points)})
+
+
+def kpt_example(record, c, rng):
+    """image cropped to one person, size, boxes (1, 4), labels (1,), points (1, 2 K), mask (1, 2 K) bool: the share of the points
+    that is hidden is drawn for every example (in the reference for every batch)."""
+    record, person = record
+    region = around_box(record["image"], record["boxes"][person], c.crop_margin)
+    view = train_view(region, c.model.image_size, rng, (c.instance_scale_min, c.instance_scale_max), flip=False)
+    box = view_boxes(view, record["boxes"][person:person + 1])
+    points = joint_points(view, record["keypoints"][person])[None]
+    return (seen(view, record["image"]) | pad_objects(view, box, record["labels"][person:person + 1], 1)
+            | {"points": points, "mask": rng.random(points.shape) < rng.random()})
+
+
+def cap_example(record, c, rng):
+    """image, size, captions: captions_per_image str, drop (captions_per_image, caption_length) for `encode_captions`."""
+    image = jitter_colors(record["image"], c.color_jitter, rng) if c.color_jitter else record["image"]
+    view = train_view(whole(image), c.model.image_size, rng, (c.scale_min, c.scale_max), c.caption_flip)
+    texts = record["captions"] or [""]
+    chosen = rng.permutation(len(texts) * -(-c.captions_per_image // len(texts)))[:c.captions_per_image] % len(texts)
+    return seen(view, image) | {"captions": [texts[i] for i in chosen],
+                                "drop": rng.random((c.captions_per_image, c.caption_length), np.float32)}
+
+
+EXAMPLES = {"det": det_example, "seg": seg_example, "kpt": kpt_example, "cap": cap_example}
+
+
+def seen(view, image):
+    return {"image": view.image(image), "size": np.array([view.height, view.width])}
+
+
+def visible(boxes):
+    return (boxes[:, 2:] > boxes[:, :2]).all(-1)
 
 
 def pad_objects(view, boxes, labels, count):
@@ -488,98 +608,109 @@ def pad_objects(view, boxes, labels, count):
     return padded
 
 
-class TrainStream(Dataset):
-    """Position p of an endless, shuffled stream over a source. An unreadable image is replaced by the next one."""
+def outline_points(view, objects, count, most):
+    """Polygons of N objects, in pixels -> (count, 2 most) float32 fractions of the canvas, clipped to the view, with *_POINT marks."""
+    points = np.full((count, most, 2), PAD_POINT, np.float32)
+    for row, polygons in zip(points, objects):
+        n = 0
+        for polygon in thin_polygons(polygons, most):
+            if n:
+                row[n], n = SEPARATOR_POINT, n + 1
+            row[n:n + len(polygon)] = view.to_canvas(view.to_view(polygon).clip(0, 1))
+            n += len(polygon)
+    return points.reshape(count, 2 * most)
 
-    def __init__(self, source, options, seed=0):
-        if len(source) == 0:
-            raise DataError("the training data has no image")
-        self.source, self.options, self.seed, self.epoch = source, options, seed, None
+
+def joint_points(view, keypoints):
+    """(K, 3) yxv pixels -> (2 K,) float32 fractions of the canvas; INVISIBLE_POINT where unlabelled or outside of the view."""
+    points = view.to_view(keypoints[:, :2])
+    shown = (keypoints[:, 2] > 0) & (points > 0).all(-1) & (points < 1).all(-1)
+    return np.where(shown[:, None], view.to_canvas(points), INVISIBLE_POINT).astype(np.float32).ravel()
+
+
+class TrainStream(Dataset):
+    """Position p of an endless, shuffled stream of one task's examples. An unreadable image is replaced by the next one."""
+
+    def __init__(self, source, task, c):
+        self.source, self.task, self.c, self.epoch = source, task, c, None
+        self.count = source.people if task == "kpt" else len(source)
+        if self.count == 0:
+            raise DataError("the training data has no " + ("person with a labelled joint" if task == "kpt" else "image"))
 
     def index(self, p):
         if self.source.endless:
             return p
-        epoch, i = divmod(p, len(self.source))
+        epoch, i = divmod(p, self.count)
         if epoch != self.epoch:
-            self.epoch, self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.source))
+            self.epoch, self.order = epoch, np.random.default_rng([self.c.seed, epoch]).permutation(self.count)
         return int(self.order[i])
 
     def __getitem__(self, p):
         first, skipped = self.index(p), []
         while True:
+            i = (first + len(skipped)) % self.count
             try:
-                record = self.source[(first + len(skipped)) % len(self.source)]
+                record = self.source.person(i) if self.task == "kpt" else self.source[i]
                 break
             except DataError as e:
                 skipped.append(str(e))
-                if len(skipped) == len(self.source):
-                    raise DataError(f"none of the {len(self.source)} training images can be read, the last: {e}") from e
-        example = train_example(record, self.options, np.random.default_rng([self.seed, 1, p]))
+                if len(skipped) == self.count:
+                    raise DataError(f"none of the {self.count} training images can be read, the last: {e}") from e
+        example = EXAMPLES[self.task](record, self.c, np.random.default_rng([self.c.seed, list(EXAMPLES).index(self.task), p]))
         return example | {"skipped": skipped}
 
 
 class EvalSet(Dataset):
-    """Item i of a source as the network sees it for prediction, with truth; None for the image if it is unreadable."""
+    """Record i of a source; of an unreadable image only the message."""
 
-    def __init__(self, source, options):
-        self.source, self.options = source, options
+    def __init__(self, source):
+        self.source = source
 
     def __len__(self):
         return len(self.source)
 
     def __getitem__(self, i):
         try:
-            record = self.source[i]
+            return self.source[i]
         except DataError as e:
-            return {"skipped": [str(e)]}
-        view = eval_view(record["image"], self.options.image_size)
-        example = {"image": view.image(record["image"]), "size": np.array([view.height, view.width]), "view": view,
-                   "image_id": record["image_id"], "skipped": []}
-        real = ~record["iscrowd"]
-        boxes = view_boxes(view, record["boxes"][real])
-        return example | pad_objects(view, boxes, record["labels"][real], self.options.max_objects)
-
-
-def collate(examples):
-    """Examples -> batch: arrays become stacked tensors, anything else a list. Unreadable examples leave only their names."""
-    skipped = [name for e in examples for name in e["skipped"]]
-    examples = [e for e in examples if "image" in e]
-    batch = {"skipped": skipped}
-    for key in examples[0] if examples else ():
-        values = [e[key] for e in examples]
-        if key != "skipped":
-            batch[key] = torch.from_numpy(np.stack(values)) if isinstance(values[0], np.ndarray) else values
-    return batch
+            return str(e)
 
 
 class TrainCollate:
-    """Collate, then write the token sequences of the whole batch at once."""
+    """Examples -> batch: stacked images, and the token sequences of all of them, written at once."""
 
-    def __init__(self, vocab, options):
-        self.vocab, self.options = vocab, options
+    def __init__(self, task, c, vocab, pieces):
+        self.task, self.c, self.vocab, self.pieces = task, c, vocab, pieces
 
     def __call__(self, examples):
-        batch, o = collate(examples), self.options
-        tokens = encode_detection(batch["boxes"], batch["labels"], self.vocab, batch["corrupt"], o.noise_weight, o.pad_weight)
-        return {"image": batch["image"], "size": batch["size"], "skipped": batch["skipped"], **tokens._asdict()}
+        c = self.c
+        x = {key: torch.from_numpy(np.stack([e[key] for e in examples])) for key in examples[0] if key not in ("skipped", "captions")}
+        if self.task == "det":
+            tokens = encode_detection(x["boxes"], x["labels"], self.vocab, x["corrupt"], c.noise_weight, c.pad_weight)
+        elif self.task == "seg":
+            tokens = encode_instances(PROMPT_SEG, x["boxes"], x["labels"], x["points"], self.vocab)
+        elif self.task == "kpt":
+            tokens = encode_instances(PROMPT_KPT, x["boxes"], x["labels"], x["points"], self.vocab, x["mask"], c.invisible_weight, 0.0)
+        else:
+            captions = [caption for e in examples for caption in e["captions"]]
+            tokens = encode_captions(captions, self.vocab, self.pieces, c.caption_length, x["drop"].flatten(0, 1), c.caption_drop,
+                                     pad_weight=c.caption_pad_weight)
+            tokens = type(tokens)(*(t.view(len(examples), -1, c.caption_length) for t in tokens))
+        return {"image": x["image"], "size": x["size"], "skipped": [m for e in examples for m in e["skipped"]], **tokens._asdict()}
 
 
-def make_source(c, split):
+def make_source(c, split, task="det"):
     """The records that a configuration asks for. c.data: shapes or coco; split: train or val. DataError if it cannot be."""
     if c.data == "shapes":
         return Shapes(split, max(c.model.image_size), c.max_things, c.data_seed, c.val_count if split == "val" else None)
     if c.data != "coco":
         raise DataError(f"unknown data {c.data!r}, expected 'shapes' or 'coco'")
-    json_path, images = getattr(c, f"{split}_json"), getattr(c, f"{split}_images")
+    own = {"kpt": f"{split}_keypoints", "cap": f"{split}_captions"}.get(task, f"{split}_json")
+    json_path, images = getattr(c, own), getattr(c, f"{split}_images")
     if not c.data_dir and not (json_path and images):
-        raise DataError(f"data is 'coco': name a folder in COCO's layout with --data_dir, or --{split}_json and --{split}_images")
-    return Coco(json_path or f"{c.data_dir}/annotations/instances_{split}2017.json", images or f"{c.data_dir}/{split}2017",
+        raise DataError(f"data is 'coco': name a folder in COCO's layout with --data_dir, or --{own} and --{split}_images")
+    return Coco(json_path or f"{c.data_dir}/annotations/{JSON_KINDS[task]}_{split}2017.json", images or f"{c.data_dir}/{split}2017",
                 c.coord_shift - CLASS_SHIFT - 1, c.bad_boxes)
-
-
-def detection_options(c):
-    return DetectionOptions(c.model.image_size, c.max_objects, (c.scale_min, c.scale_max), c.flip, c.noise_boxes,
-                            c.noise_weight, c.pad_weight)
 
 
 class Positions:

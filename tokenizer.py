@@ -15,6 +15,7 @@ Left out: the order of objects and the noise boxes, which are augmentation (data
     python -m pytest tests/test_tokenizer.py
 """
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch
@@ -164,6 +165,25 @@ def encode_points(points, labels, vocab):
     return torch.where(labels[..., None] == PAD_LABEL, PAD, tokens)
 
 
+def encode_instances(prompt, boxes_yxyx, labels, points, vocab, mask=None, invisible_weight=1.0, pad_weight=1.0):
+    """Objects and their points -> one training sequence an object: the box is told, the points are learned.
+
+    prompt:     PROMPT_SEG or PROMPT_KPT
+    boxes_yxyx, labels: as in `instance_prompt`;   points: (..., N, P) as in `encode_points`
+    mask:       (..., N, P) bool or None: points that the input hides behind INVISIBLE, so that the model must look at
+                the image and not only at the points before
+    invisible_weight, pad_weight: loss weights of a target that is INVISIBLE, and of padding
+    Returns Tokens of shape (..., N, 5 + P); the prompt weighs nothing.
+    """
+    told, answer = instance_prompt(prompt, boxes_yxyx, labels, vocab), encode_points(points, labels, vocab)
+    sequence = torch.cat([told, answer], -1)                                   # (..., N, 6 + P)
+    shown = answer if mask is None else torch.where(mask, INVISIBLE, answer)
+    weights = torch.cat([torch.zeros_like(told[..., 1:]), torch.ones_like(answer)], -1).float()
+    targets = sequence[..., 1:]
+    weights = torch.where(targets == INVISIBLE, invisible_weight, weights).masked_fill(targets == PAD, pad_weight)
+    return Tokens(torch.cat([told, shown], -1)[..., :-1], targets, weights)
+
+
 def decode_points(tokens, vocab):
     """Inverse of `encode_points`: (..., P) int64 -> (..., P) float32 fractions with the *_POINT marks."""
     points = dequantize(tokens - vocab.coord_shift, vocab.bins)
@@ -172,8 +192,102 @@ def decode_points(tokens, vocab):
     return points
 
 
+def split_polygons(points):
+    """(P,) float as of `decode_points` -> list of (K, 2) arrays: what stands before the first padding, cut at every
+    point of which a coordinate is the separator. A lone coordinate at the end is dropped."""
+    points = points[:len(points) // 2 * 2].reshape(-1, 2)
+    ended = (points == PAD_POINT).any(-1)
+    points = points[:ended.nonzero()[0, 0]] if ended.any() else points
+    cut = (points == SEPARATOR_POINT).any(-1)
+    group = cut.cumsum(0)[~cut]
+    return [points[~cut][group == g].numpy() for g in group.unique()]
+
+
 def point_score(box_scores, tokens, token_probs, points_weight=1.0):
     """Mean probability of the sampled tokens (B, T), padding left out, mixed with the score of the box (B,)."""
     written = (tokens != PAD).float()
     points_score = (token_probs * written).sum(-1) / written.sum(-1).clamp_min(1)
     return points_weight * points_score + (1 - points_weight) * box_scores
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# captions (2206.07669, section 2): text in pieces, piece i is token text_shift + i
+
+END_PIECE = 1                                          # as in T5 (1910.10683); piece 0 is padding there, and is unused
+
+
+def real_pieces(ids, size):
+    """The ids before the end piece or padding, without those that name no piece."""
+    return [i for i in takewhile(lambda i: i not in (PAD, END_PIECE), ids) if END_PIECE < i < size]
+
+
+class BytePieces:
+    """Text as UTF-8 bytes, byte b being piece b + 2. Nothing to train or download; a COCO caption takes 54 on average."""
+    size = 2 + 256
+
+    def encode(self, text):
+        """str -> list of piece ids, the end piece last. Half a surrogate pair, which has no UTF-8, becomes "?"."""
+        return [2 + byte for byte in text.encode("utf-8", "replace")] + [END_PIECE]
+
+    def decode(self, ids):
+        """Piece ids -> str, up to the end piece or padding; bytes that are no UTF-8 become U+FFFD."""
+        return bytes(i - 2 for i in real_pieces(ids, self.size)).decode("utf-8", "replace")
+
+
+class SentencePieces:
+    """The pieces of a SentencePiece model (1808.06226). The released multi-task checkpoints use c4_en_32k_spm.model, which
+    fills their 32,000 text tokens. Needs the optional package sentencepiece; ValueError names a file of no use."""
+
+    def __init__(self, path):
+        try:
+            from sentencepiece import SentencePieceProcessor
+        except ImportError:
+            raise ImportError(f"{path} needs a package that is not installed: pip install sentencepiece") from None
+        with open(path, "rb") as f:
+            proto = f.read()
+        try:
+            self.model = SentencePieceProcessor()
+            self.model.LoadFromSerializedProto(proto)
+        except RuntimeError as e:
+            raise ValueError(f"{path} is no SentencePiece model, or a broken one: {e}") from None
+        self.size = self.model.vocab_size()
+        if self.model.eos_id() != END_PIECE:
+            raise ValueError(f"{path} has end piece {self.model.eos_id()}, expected {END_PIECE}: train it with "
+                             "--pad_id=0 --eos_id=1 --unk_id=2 --bos_id=-1")
+
+    def encode(self, text):
+        return self.model.encode(text.encode("utf-8", "replace").decode()) + [END_PIECE]
+
+    def decode(self, ids):
+        return self.model.decode(real_pieces(ids, self.size))
+
+
+def encode_captions(captions, vocab, pieces, length, drop=None, drop_rate=0.5, end_weight=0.1, pad_weight=1.0):
+    """N captions -> training sequences of `length` tokens: pieces, the end piece, padding.
+
+    captions:   list of N str; one longer than `length` is cut and then has no end piece, so that nothing teaches the
+                model to stop there (the reference fails on it)
+    drop:       (N, length) float in [0, 1) or None: where it is below `drop_rate`, the input token becomes FAKE, the
+                prompt and padding included, so that the model must look at the image and not only at the last words
+    end_weight, pad_weight: loss weights; padding weighs as much as text, unlike in detection
+    Returns Tokens with shape (N, length). ValueError if the vocabulary has no room for the pieces.
+    """
+    if vocab.text_shift + pieces.size > vocab.size:
+        raise ValueError(f"the vocabulary has size {vocab.size}, expected at least {vocab.text_shift + pieces.size} "
+                         f"for {pieces.size} pieces from text_shift {vocab.text_shift} on")
+    targets = torch.full((len(captions), length), PAD)
+    for row, caption in zip(targets, captions):
+        ids = torch.tensor(pieces.encode(caption)[:length])
+        row[:len(ids)] = ids + vocab.text_shift
+    inputs = with_prompt(PROMPT_CAP, targets)
+    if drop is not None:
+        inputs = torch.where(drop < drop_rate, FAKE, inputs)
+    weights = torch.where(targets == vocab.text_shift + END_PIECE, end_weight, 1.0)
+    return Tokens(inputs, targets, weights.masked_fill(targets == PAD, pad_weight))
+
+
+def decode_captions(tokens, vocab, pieces):
+    """What a model wrote, (N, T) int64 without the prompt -> N str. Reading stops at the end piece or padding (the
+    reference reads on); tokens that are no text are skipped."""
+    ids = torch.where(tokens == PAD, PAD, tokens - vocab.text_shift)
+    return [pieces.decode(row) for row in ids.tolist()]

@@ -1,6 +1,6 @@
 """Train a model: the loop, its recipes, its checkpoints.
 
-Recipes of Pix2Seq (arXiv 2109.10852, section 3.1 and appendix) are presets; every field of a preset can be changed on
+Recipes of Pix2Seq (arXiv 2109.10852, section 3.1 and appendix; several tasks at once: 2206.07669) are presets; every field of a preset can be changed on
 the command line. The same command goes on from the last checkpoint after any interruption. Under torchrun the global
 batch is shared out, with the same result. Left out: model and pipeline parallelism.
 
@@ -21,7 +21,8 @@ import signal
 import sys
 import time
 import typing
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -30,9 +31,10 @@ from tqdm import tqdm
 
 import data
 from data import DataError
-from eval import BBOX_METRICS, evaluate
-from model import SIZES, Pix2Seq, Pix2SeqConfig, count_parameters, token_loss
-from sample import detect, draw_objects, make_vocab, objects_in_image, pick_device, read_checkpoint, tile
+from eval import evaluate, true_boxes
+from model import SIZES, Pix2Seq, Pix2SeqConfig, adapt_weights, count_parameters, load_weights, token_loss
+from sample import TASKS, draw, look, make_pieces, make_vocab, pick_device, read_checkpoint, read_weights, tile
+from tokenizer import CLASS_SHIFT, Vocab
 
 # ---------------------------------------------------------------------------------------------------------------
 # configuration
@@ -42,30 +44,55 @@ class Config:
     """A run. The fields of `model` are set on the command line like these."""
     model: Pix2SeqConfig = field(default_factory=Pix2SeqConfig)
     # data
+    tasks: str = "det"                         # what to learn, some of det,seg,kpt,cap: boxes, masks, joints, captions
+    task_weights: str = ""                     # loss weight of each, such as 1,0.5; empty: all 1
     data: str = "shapes"                       # shapes (drawn here) or coco (any dataset in COCO's format)
     data_dir: str = ""                         # coco: folder with train2017/, val2017/ and annotations/
-    train_json: str = ""                       # coco: annotations for training, if not in data_dir
+    train_json: str = ""                       # coco: instances for training, if not in data_dir
+    train_keypoints: str = ""                  # coco: likewise for kpt
+    train_captions: str = ""                   # coco: likewise for cap
     train_images: str = ""                     # coco: their images
-    val_json: str = ""                         # coco: annotations held out
+    val_json: str = ""                         # coco: instances held out
+    val_keypoints: str = ""                    # coco: likewise for kpt
+    val_captions: str = ""                     # coco: likewise for cap
     val_images: str = ""                       # coco: their images
     bad_boxes: str = "error"                   # coco: boxes that are empty or outside their image: error or drop
     max_things: int = 4                        # shapes: most objects in a scene
     data_seed: int = 0                         # shapes: another seed is another world
     val_count: int = 500                       # shapes: held-out scenes
-    max_objects: int = 100                     # most objects in a sequence, noise boxes counted
-    scale_min: float = 0.3                     # scale jitter: smallest size of the image in its canvas
-    scale_max: float = 2.0                     # scale jitter: largest
-    flip: bool = True                          # mirror half of the images
-    noise_boxes: bool = True                   # fill sequences up with noise boxes (sequence augmentation)
-    noise_weight: float = 1.0                  # loss weight of the class of a noise box
-    pad_weight: float = 0.1                    # loss weight of padding, that is of ending the sequence
     bins: int = 1000                           # coordinate values along a side of the image
     coord_shift: int = 1000                    # first coordinate token; leaves coord_shift - 101 class labels
     text_shift: int = 3000                     # first text token
-    # prediction
-    top_p: float = 0.4                         # nucleus of sampling
-    top_k: int = 0                             # sample among so many tokens; 0: all
-    temperature: float = 1.0                   # of sampling; 0: the likeliest token
+    # det
+    max_objects: int = 100                     # most objects in a sequence, noise boxes counted
+    scale_min: float = 0.3                     # scale jitter: smallest size of the image in its canvas (cap too)
+    scale_max: float = 2.0                     # scale jitter: largest (cap too)
+    flip: bool = True                          # mirror half of the images (seg too)
+    noise_boxes: bool = True                   # fill sequences up with noise boxes (sequence augmentation)
+    noise_weight: float = 1.0                  # loss weight of the class of a noise box
+    pad_weight: float = 0.1                    # loss weight of padding, that is of ending the sequence
+    top_p: float = 0.4                         # nucleus of sampling boxes
+    top_k: int = 0                             # sample among so many tokens, in every task; 0: all
+    temperature: float = 1.0                   # of sampling, in every task; 0: the likeliest token
+    # seg and kpt
+    max_instances: int = 10                    # seg: objects to learn from an image
+    max_points: int = 128                      # seg: points of an object's outline
+    seg_samples: int = 8                       # seg: outlines averaged into a mask
+    seg_top_p: float = 0.8                     # seg: nucleus of sampling
+    instance_scale_min: float = 0.3            # scale jitter: smallest
+    instance_scale_max: float = 1.0            # scale jitter: largest
+    crop_margin: float = 0.5                   # kpt: the crop is wider than the box by this share of it on each side
+    invisible_weight: float = 0.1              # kpt: loss weight of an invisible joint
+    kpt_top_p: float = 0.1                     # kpt: nucleus of sampling
+    # cap
+    pieces: str = ""                           # SentencePiece model file; empty: bytes
+    captions_per_image: int = 5                # captions to learn from an image
+    caption_length: int = 128                  # most pieces of a caption
+    caption_drop: float = 0.5                  # share of input tokens that are hidden
+    caption_pad_weight: float = 1.0            # loss weight of padding
+    caption_flip: bool = True                  # mirror half of the images, which makes left right
+    color_jitter: float = 0.5                  # strength of the colour distortion
+    cap_top_p: float = 1.0                     # nucleus of sampling
     # optimisation
     batch_size: int = 32                       # images a step, over all processes and accumulated parts
     accumulate: int = 1                        # parts that a process computes its share of a batch in: less memory
@@ -84,6 +111,8 @@ class Config:
     clip_norm: float = 0.0                     # largest global norm of the gradient; 0: no limit
     label_smoothing: float = 0.0               # of the cross entropy
     seed: int = 0                              # of weights, order, augmentation and dropout
+    init_from: str = ""                        # start from the weights of a run, or of a TensorFlow checkpoint of the reference
+    adapt: bool = False                        # let init_from be of another image size, sequence length, vocabulary or classes
     # the run
     out: str = ""                              # folder of the run (default: out/PRESET)
     fresh: bool = False                        # start again, moving an earlier run in that folder aside
@@ -100,7 +129,8 @@ class Config:
 
 # Keys that may change when a run goes on; any other would silently make it another run.
 RUNTIME_KEYS = {"out", "fresh", "device", "dtype", "compile", "workers", "log_every", "eval_every", "save_every", "eval_images",
-                "pictures", "data_dir", "train_json", "train_images", "val_json", "val_images", "accumulate", "checkpointing"}
+                "pictures", "data_dir", "accumulate", "checkpointing", *(f"{split}_{kind}" for split in ("train", "val")
+                                                                         for kind in ("json", "keypoints", "captions", "images"))}
 
 
 @dataclass(frozen=True)
@@ -111,9 +141,9 @@ class Preset:
     result: str                                # measured (hardware, time), published, or not run
 
 
-TINY_VOCAB = dict(bins=100, coord_shift=110, text_shift=210)
+TINY_VOCAB = dict(bins=64, coord_shift=110, text_shift=174)
 SHAPES_MODEL = Pix2SeqConfig(image_size=(64, 64), patch_size=8, enc_layers=3, enc_dim=96, enc_mlp=384, enc_heads=4,
-                             dec_layers=2, dec_dim=96, dec_mlp=384, dec_heads=4, vocab_size=210, max_seq_len=64,
+                             dec_layers=2, dec_dim=96, dec_mlp=384, dec_heads=4, vocab_size=174, max_seq_len=64,
                              drop_path=0.0, dropout=0.0)
 FINETUNE = Config(data="coco", bad_boxes="drop", lr=3e-5, epochs=40, warmup_epochs=2, batch_size=32, log_every=100,
                   eval_every=10_000, save_every=2_000, eval_images=1000)
@@ -288,38 +318,83 @@ class Run:
         self.workers = config.workers if config.workers >= 0 else min(8, max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1, 0))
         torch.set_float32_matmul_precision("high")
 
-        self.source = {split: data.make_source(config, split) for split in ("train", "val")}
+        self.tasks = tuple(config.tasks.split(","))
+        for task in self.tasks:
+            if task not in TASKS:
+                raise ValueError(f"--tasks={config.tasks}: unknown task {task!r}, expected some of {','.join(TASKS)}")
+        weights = [float(w) for w in config.task_weights.split(",")] if config.task_weights else [1.0] * len(self.tasks)
+        if len(weights) != len(self.tasks):
+            raise ValueError(f"--task_weights={config.task_weights}: expected {len(self.tasks)} numbers, for {config.tasks}")
+        self.task_weights = dict(zip(self.tasks, weights))
+        self.source = {task: data.make_source(config, "train", task) for task in self.tasks}
+        first = self.source[self.tasks[0]]
         if not config.steps:
-            if not config.epochs or self.source["train"].endless:
-                raise ValueError("expected --steps" + ("" if self.source["train"].endless else " or --epochs"))
-            config = replace(config, steps=round(config.epochs * len(self.source["train"]) / config.batch_size))
+            if not config.epochs or first.endless:
+                raise ValueError("expected --steps" + ("" if first.endless else " or --epochs"))
+            config = replace(config, steps=round(config.epochs * len(first) / config.batch_size))
         if not config.warmup_steps and config.warmup_epochs:
-            config = replace(config, warmup_steps=round(config.warmup_epochs * len(self.source["train"]) / config.batch_size))
-        if 5 * config.max_objects > config.model.max_seq_len:
-            raise ValueError(f"max_objects {config.max_objects} need {5 * config.max_objects} tokens, max_seq_len is {config.model.max_seq_len}")
+            config = replace(config, warmup_steps=round(config.warmup_epochs * len(first) / config.batch_size))
         learning_rate(0, config.lr, config.schedule, config.warmup_steps, config.steps, config.end_lr_factor)
-        self.name, self.config, self.vocab = name, config, make_vocab(config)
-        self.categories = [{"id": i["id"], "name": i["name"], "label": self.source["train"].label_of[i["id"]]}
-                           for i in self.source["train"].categories]
+        self.categories = merge_categories(self.source.values())
+        joints = max((len(category.get("keypoints", ())) for category in self.categories), default=0)
+        longest = {"det": 5 * config.max_objects, "seg": 5 + 2 * config.max_points, "kpt": 5 + 2 * joints, "cap": config.caption_length}
+        for task in self.tasks:
+            if longest[task] > config.model.max_seq_len:
+                raise ValueError(f"{task} sequences have {longest[task]} tokens, max_seq_len is {config.model.max_seq_len}")
+        # What predictions need: the configuration, and the categories that they may name.
+        self.name, self.config, self.vocab, self.pieces = name, config, make_vocab(config), make_pieces(config)
+        self.predictor = SimpleNamespace(**vars(config), categories=self.categories)
+        if "cap" in self.tasks and self.vocab.text_shift + self.pieces.size > self.vocab.size:
+            raise ValueError(f"vocab_size is {self.vocab.size}, captions need {self.vocab.text_shift + self.pieces.size}")
 
         torch.manual_seed(config.seed)
         self.model = Pix2Seq(config.model).to(self.device)
+        if on_cuda:
+            self.model.to(memory_format=torch.channels_last)
+            if self.world > 1:                         # torch shares batch-norm statistics on GPUs only
+                self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        if config.init_from and not os.path.exists(f"{config.out}/last.pt"):
+            self.start_from(config)
         self.optimizer = make_optimizer(self.model.named_parameters(), config, self.device)
         self.forward = torch.compile(self.model) if self.compiled else self.model
         if self.world > 1:
             self.forward = DistributedDataParallel(self.forward, [self.device.index] if on_cuda else None)
+
+    def start_from(self, config):
+        """Weights of another run, or of the reference. ValueError, naming everything, if they do not fit and --adapt is not given."""
+        content = read_weights(config.init_from)
+        then = content["config"]
+        vocabs = Vocab(then["bins"], then["coord_shift"], then["text_shift"], then["model"]["vocab_size"]), self.vocab
+        grid = None                                    # of learned image positions in the checkpoint
+        if then["model"]["pos_encoding"] == "learned" and then["model"]["encoder"] == "vit":
+            grid = tuple(side // then["model"]["patch_size"] for side in then["model"]["image_size"])
+        classes = [{k["label"]: k["name"] for k in categories} for categories in (content["categories"], self.categories)]
+        changed = [label for label, name in classes[1].items() if classes[0].get(label) not in (name, str(label))]
+        if changed and not config.adapt:
+            raise ValueError(f"{config.init_from} has other classes: label {changed[0]} is {classes[0].get(changed[0])!r} there, {classes[1][changed[0]]!r} here "
+                             f"({len(changed)} differ); --adapt starts the tokens of those afresh")
+        weights, notes = adapt_weights(content["model"], self.model, config.adapt, grid, vocabs)
+        fresh = {name: self.model.state_dict()[name][CLASS_SHIFT:].clone() for name in ("decoder.embed", "decoder.unembed", "decoder.bias") if name in weights}
+        load_weights(self.model, weights)
+        with torch.no_grad():
+            for name, rows in fresh.items():
+                for label in changed:
+                    self.model.state_dict()[name][CLASS_SHIFT + label] = rows[label]
+        for note in notes + ([f"{len(changed)} of {len(classes[1])} classes are others there, their tokens start afresh"] if changed else []):
+            self.say(f"adapted: {note}")
+        self.say(f"started from {config.init_from}")
 
     def say(self, text):
         if self.rank == 0:
             tqdm.write(text)
             sys.stdout.flush()
 
-    def loader(self, start, steps):
-        """Batches of this process from a step on, in `accumulate` parts a step."""
-        c, options = self.config, data.detection_options(self.config)
+    def loader(self, task, start, steps):
+        """Batches of a task for this process from a step on, in `accumulate` parts a step."""
+        c = self.config
         positions = data.Positions(start, steps, c.batch_size, c.accumulate, self.rank, self.world)
-        stream = data.TrainStream(self.source["train"], options, c.seed)
-        return data.make_loader(stream, positions, data.TrainCollate(self.vocab, options), self.workers, pin=self.device.type == "cuda")
+        collate = data.TrainCollate(task, c, self.vocab, self.pieces)
+        return data.make_loader(data.TrainStream(self.source[task], task, c), positions, collate, self.workers, pin=self.device.type == "cuda")
 
     def loss(self, batch):
         """Weighted sum of the losses of a batch's tokens."""
@@ -330,29 +405,32 @@ class Run:
         return (token_loss(logits, targets, smoothing=self.config.label_smoothing) * weights).sum()
 
     def step(self, parts, step, stop):
-        """One optimiser step on this process's parts of a batch. Returns loss and gradient norm as tensors, and a tensor
-        that is positive if any process was asked to stop; nothing here waits for the device."""
+        """One optimiser step on this process's parts of each task's batch, {task: list}. Returns the loss of each task (K,) and
+        the gradient's norm, as tensors, and one that is positive if any process was asked to stop. Nothing here waits for the device."""
         c = self.config
         # The noise of a step depends on nothing before it, so a run that goes on repeats it.
         torch.manual_seed((c.seed * 1_000_003 + step) * 65_537 + self.rank)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, c.lr, c.schedule, c.warmup_steps, c.steps, c.end_lr_factor)
-        shared = torch.stack([sum(part["weights"].sum() for part in parts), torch.tensor(float(stop))]).to(self.device)
+        shared = torch.stack([*(sum(part["weights"].sum() for part in parts[task]) for task in self.tasks), torch.tensor(float(stop))]).to(self.device)
         if self.world > 1:
             dist.all_reduce(shared)
-        total = torch.zeros((), device=self.device)
-        for i, part in enumerate(parts):
-            last = i == len(parts) - 1
-            with contextlib.nullcontext() if last or self.world == 1 else self.forward.no_sync():
-                loss = self.loss(part) / (shared[0] + 1e-9)
-                (loss * self.world).backward()         # gradients are averaged over processes, losses summed
-            total += loss.detach()
+        losses = torch.zeros(len(self.tasks), device=self.device)
+        left = len(self.tasks) * c.accumulate
+        for k, task in enumerate(self.tasks):
+            for part in parts[task]:
+                left -= 1
+                with contextlib.nullcontext() if not left or self.world == 1 else self.forward.no_sync():
+                    loss = self.loss(part) / (shared[k] + 1e-9)
+                    # Gradients are averaged over processes, but the parts of a loss add up.
+                    (loss * (self.world * self.task_weights[task])).backward()
+                losses[k] += loss.detach()
         if self.world > 1:
-            dist.all_reduce(total)
+            dist.all_reduce(losses)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip_norm if c.clip_norm > 0 else math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return total, norm, shared[1]
+        return losses, norm, shared[-1]
 
     def checkpoint(self, step, best, optimizer=True):
         content = {"model": self.model.state_dict(), "step": step, "best": best, "preset": self.name,
@@ -371,10 +449,10 @@ class Run:
         return saved["step"], saved["best"]
 
     def evaluate(self, step, limit=None):
-        """Metrics on held-out data (on the first process; elsewhere None), and a picture of predictions."""
+        """Metrics on held-out data {task: {name: number}} (empty on all processes but the first), and a picture of predictions."""
         c = self.config
-        metrics, _ = evaluate(self.model, self.source["val"], c, self.device, batch_size=max(1, min(c.batch_size // self.world, 100)),
-                              workers=self.workers, limit=limit, dtype=self.dtype)
+        metrics, _ = evaluate(self.model, self.predictor, self.tasks, "val", "own" if "det" in self.tasks else "truth",
+                              batch_size=max(1, min(c.batch_size // self.world, 100)), workers=self.workers, limit=limit, dtype=self.dtype)
         if self.rank == 0 and c.pictures:
             self.draw(f"{c.out}/step_{step:07d}.png")
         return metrics
@@ -382,19 +460,32 @@ class Run:
     def draw(self, path):
         """Predictions on the first held-out images, always the same ones."""
         self.model.eval()
-        category_of, names = {k["label"]: k["id"] for k in self.categories}, {k["id"]: k["name"] for k in self.categories}
-        pictures = []
-        for i in range(min(self.config.pictures, len(self.source["val"]))):
+        source, pictures = data.make_source(self.config, "val", self.tasks[0]), []
+        own = "det" in self.tasks or "cap" in self.tasks
+        for i in range(min(self.config.pictures, len(source))):
             with contextlib.suppress(DataError):
-                image = self.source["val"][i]["image"]
-                view = data.eval_view(image, self.config.model.image_size)
-                images = data.to_images(torch.from_numpy(view.image(image))[None], torch.tensor([[view.height, view.width]]), self.device)
-                found = detect(self.model, images, self.config, torch.Generator(self.device).manual_seed(0))
-                objects = objects_in_image(view, *(x[0] for x in found), category_of)
-                pictures.append(draw_objects(image, [o for o in objects if o["score"] >= 0.3], names, side=256))
+                record = source[i]
+                boxes = None if own else true_boxes(record, {label: n for n, label in source.label_of.items()})
+                tasks = self.tasks if "det" in self.tasks else [t for t in self.tasks if t == "cap"] or self.tasks
+                found = look(self.model, [record["image"]], self.predictor, tasks, boxes and [boxes], torch.Generator(self.device).manual_seed(0))
+                pictures.append(draw(record["image"], found[0], self.predictor, side=256))
         if pictures:
             tile(pictures).save(path)
         self.model.train()
+
+
+def merge_categories(sources):
+    """The categories of all tasks: [{id, name, label, and keypoints and skeleton if it has joints}]."""
+    merged = {}
+    for source in sources:
+        for category in source.categories:
+            kept = {key: category[key] for key in ("id", "name", "keypoints", "skeleton") if key in category}
+            merged.setdefault(category["id"], {}).update(kept, label=source.label_of[category["id"]])
+    return list(merged.values())
+
+
+HEADLINE = {"det": "AP", "seg": "AP", "kpt": "AP", "cap": "ROUGE_L"}           # what the best checkpoint is chosen by, averaged over tasks
+LOGGED = ("AP", "AP50", "AP75", "BLEU_4", "ROUGE_L", "CIDEr", "exact")
 
 
 class Log:
@@ -446,10 +537,11 @@ def train(run):
     run.say(f"{run.name}: {count_parameters(run.model):,} parameters, {c.steps} steps of {c.batch_size} images, on {run.world} x {run.device.type}"
             + (f", going on from step {start}" if start else ""))
 
+    named = lambda losses: {f"loss_{task}": value for task, value in zip(run.tasks, losses.tolist())}
     asked = []                                         # signals that asked to stop
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: asked.append(number))
-    batches = iter(run.loader(start, c.steps))
+    batches = {task: iter(run.loader(task, start, c.steps)) for task in run.tasks}
     bar = tqdm(total=c.steps, initial=start, disable=run.rank > 0 or not sys.stderr.isatty(), dynamic_ncols=True)
     skipped, began, images, stop_seen, metrics = set(), time.time(), 0, None, None
     run.model.train()
@@ -458,14 +550,15 @@ def train(run):
         done = step == c.steps
         stopping = bool(asked) if run.world == 1 else stop_seen is not None and stop_seen.item() > 0
         if step > start and (done or stopping or step % c.save_every == 0 or (c.eval_every and step % c.eval_every == 0)):
-            if not math.isfinite(total.item()):
-                raise FloatingPointError(f"the loss is {total.item()} at step {step}; {c.out}/last.pt is from before it")
+            if not losses.isfinite().all():
+                raise FloatingPointError(f"the loss is {named(losses)} at step {step}; {c.out}/last.pt is from before it")
         if done or (c.eval_every and step > start and step % c.eval_every == 0 and not stopping):
             metrics = run.evaluate(step, None if done or not c.eval_images else c.eval_images)
             if run.rank == 0:
-                log(step, **{k: metrics[k] for k in BBOX_METRICS[:3]})
-                if metrics["AP"] > best or done and best < 0:
-                    best = metrics["AP"]
+                log(step, **{f"{task}_{name}": value for task, m in metrics.items() for name, value in m.items() if name in LOGGED})
+                score = sum(metrics[task][HEADLINE[task]] for task in run.tasks) / len(run.tasks)
+                if score > best or done and best < 0:
+                    best = score
                     save(f"{c.out}/best.pt", run.checkpoint(step, best, optimizer=False))
             began, images = time.time(), 0             # evaluation is not training time
         if run.rank == 0 and step > start and (done or stopping or step % c.save_every == 0):
@@ -473,22 +566,21 @@ def train(run):
         if done or stopping:
             break
 
-        parts = [next(batches) for _ in range(c.accumulate)]
-        for message in {m for part in parts for m in part["skipped"]} - skipped:
+        parts = {task: [next(batches[task]) for _ in range(c.accumulate)] for task in run.tasks}
+        for message in {m for task in run.tasks for part in parts[task] for m in part["skipped"]} - skipped:
             skipped.add(message)
             run.say(f"warning: left out, {len(skipped)} so far: {message}")
-        total, norm, stop_next = run.step(parts, step, bool(asked))
+        losses, norm, stop_next = run.step(parts, step, bool(asked))
         # Read the flag one step late: by then the device has long computed it.
-        stop_seen, step, images = stop_next, step + 1, images + c.batch_size
+        stop_seen, step, images = stop_next, step + 1, images + c.batch_size * len(run.tasks)
         bar.update()
-        if step % c.log_every == 0 or run.device.type == "cpu" and not math.isfinite(total.item()):
-            loss = total.item()
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss} at step {step} (gradient norm {norm.item():.3g}); lower --lr or set --clip_norm")
+        if step % c.log_every == 0 or run.device.type == "cpu" and not losses.isfinite().all():
+            if not losses.isfinite().all():
+                raise FloatingPointError(f"the loss is {named(losses)} at step {step} (gradient norm {norm.item():.3g}); lower --lr or set --clip_norm")
             seconds = time.time() - began
-            log(step, loss=loss, lr=run.optimizer.param_groups[0]["lr"], grad_norm=norm.item(), ms=1000 * seconds * c.batch_size / images,
-                img_per_s=images / seconds, memory_gb=memory_gb(run.device))
-            bar.set_postfix(loss=f"{loss:.3f}")
+            log(step, loss=losses.sum().item(), **(named(losses) if len(run.tasks) > 1 else {}), lr=run.optimizer.param_groups[0]["lr"],
+                grad_norm=norm.item(), ms=1000 * seconds * c.batch_size * len(run.tasks) / images, img_per_s=images / seconds, memory_gb=memory_gb(run.device))
+            bar.set_postfix(loss=f"{losses.sum().item():.3f}")
             began, images = time.time(), 0
     bar.close()
     if not done:
@@ -516,7 +608,9 @@ def main():
             dist.destroy_process_group()
     if run.rank == 0:
         out = run.config.out
-        print(f"\nAP {metrics['AP']:.3f}, AP50 {metrics['AP50']:.3f} on {metrics['images']} held-out images after {(time.time() - began) / 60:.1f} minutes\n"
+        for task, m in metrics.items():
+            print(f"{task}: " + ", ".join(f"{name} {m[name]:.3f}" for name in LOGGED if name in m) + f" on {m['images']} held-out images")
+        print(f"{(time.time() - began) / 60:.1f} minutes\n"
               f"checkpoints {out}/best.pt and {out}/last.pt, pictures {out}/step_*.png, log {out}/log.jsonl\n"
               f"next: python sample.py --ckpt={out}")
 
@@ -544,7 +638,8 @@ def bench(run):
         return sorted(times[warmup:])[repeats // 2]
 
     share = c.batch_size // run.world
-    batches = iter(run.loader(0, 1000))
+    task = run.tasks[0]
+    batches = iter(run.loader(task, 0, 1000))
     heavy = count_parameters(run.model) > 20e6 and device.type == "cpu"
     repeats = 3 if heavy else 20
     data_ms = median_ms(lambda: next(batches), repeats, 1 if heavy else 16)
@@ -563,8 +658,8 @@ def bench(run):
 
     warm = 1 if heavy else 5
     forward_ms, both_ms = median_ms(forward, repeats, warm), median_ms(backward, repeats, warm)
-    step_ms = median_ms(lambda: run.step(parts, 1, False), repeats, warm)
-    tokens = 5 * c.max_objects * share
+    step_ms = median_ms(lambda: run.step({t: parts for t in run.tasks}, 1, False), repeats, warm) / len(run.tasks)
+    tokens = sum(part["inputs"].numel() for part in parts)
     run.say(f"{run.name} on {run.world} x {torch.cuda.get_device_name() if device.type == 'cuda' else device.type}, {run.dtype}, "
             f"batch {c.batch_size}, compile {'on' if run.compiled else 'off'}\n"
             f"data       {data_ms:9.1f} ms   {1000 * share / data_ms:9.1f} img/s from {run.workers} workers\n"

@@ -105,7 +105,7 @@ def test_a_prompt_that_leaves_no_room_is_refused(tiny_model):
 
 
 @pytest.mark.parametrize("change, words", [
-    (dict(image_size=(30, 32)), "multiple of patch_size 8"), (dict(encoder="vgg"), "expected one of vit"),
+    (dict(image_size=(7, 32)), "smaller than patch_size 8"), (dict(encoder="vgg"), "expected one of vit"),
     (dict(projection="mpl"), "'linear_p'"), (dict(pos_encoding="rope"), "sin_cos"), (dict(enc_heads=5), "5 heads")])
 def test_an_impossible_configuration_is_refused(tiny_config, change, words):
     with pytest.raises(ValueError, match=words):
