@@ -141,32 +141,50 @@ class Preset:
     result: str                                # measured (hardware, time), published, or not run
 
 
-TINY_VOCAB = dict(bins=64, coord_shift=110, text_shift=174)
-SHAPES_MODEL = Pix2SeqConfig(image_size=(64, 64), patch_size=8, enc_layers=3, enc_dim=96, enc_mlp=384, enc_heads=4,
-                             dec_layers=2, dec_dim=96, dec_mlp=384, dec_heads=4, vocab_size=174, max_seq_len=64,
-                             drop_path=0.0, dropout=0.0)
+# Drawn shapes, for two CPU cores: 64 bins for 64 px, four classes, captions in bytes.
+SHAPES = Config(
+    Pix2SeqConfig(image_size=(64, 64), patch_size=8, enc_layers=3, enc_dim=96, enc_mlp=192, enc_heads=4, dec_layers=2, dec_dim=96, dec_mlp=192,
+                  dec_heads=4, vocab_size=432, max_seq_len=64, drop_path=0.0, dropout=0.0),
+    bins=64, coord_shift=110, text_shift=174, max_objects=8, max_instances=2, max_points=24, caption_length=48, captions_per_image=2,
+    scale_min=1.0, scale_max=1.0, instance_scale_min=1.0, instance_scale_max=1.0, flip=False, caption_flip=False, color_jitter=0.0,
+    caption_pad_weight=0.1, cap_top_p=0.4, steps=4500, warmup_steps=400, lr=2e-3, beta2=0.999, eval_every=1500, eval_images=100)
 FINETUNE = Config(data="coco", bad_boxes="drop", lr=3e-5, epochs=40, warmup_epochs=2, batch_size=32, log_every=100,
                   eval_every=10_000, save_every=2_000, eval_images=1000)
+TEXT_VIT_B = replace(SIZES["vit_b"], vocab_size=35_000)
+MULTITASK = replace(FINETUNE, model=TEXT_VIT_B, lr=1e-4, epochs=100, warmup_epochs=10, batch_size=128)
+PUBLISHED_AP = {"resnet50": (39.1, 41.7, 42.6), "resnet50_c4": (44.7, 46.9, 47.3), "vit_b": (44.2, 46.5, 47.1), "vit_l": (47.6, 49.2, 50.0)}
+NOT_RUN = "not run here"
 
-PRESETS = {
-    "det_shapes": Preset(
-        Config(SHAPES_MODEL, **TINY_VOCAB, max_objects=5, scale_min=1.0, scale_max=1.0, flip=False, noise_boxes=False,
-               steps=4000, warmup_steps=200, lr=2e-3, clip_norm=1.0, eval_every=1000, eval_images=200),
-        "boxes of drawn shapes, 64 px", "2 CPU cores", "not run"),
-    "det_coco_tiny": Preset(
-        Config(replace(SIZES["vit_tiny"], image_size=(256, 256)), data="coco", bad_boxes="drop", max_objects=30,
-               steps=2000, warmup_steps=100, lr=1e-3, batch_size=16, eval_every=500),
-        "a small ViT on COCO, 256 px, for CPUs and tests", "2 CPU cores", "not run"),
-    "det_coco_vit_b": Preset(
-        replace(FINETUNE, model=SIZES["vit_b"]),
-        "COCO fine-tuning of 2109.10852, 640 px", "8 GPUs of 40 GB", "not run here; published 44.2 AP from Objects365 weights"),
-    "det_coco_vit_l": Preset(
-        replace(FINETUNE, model=SIZES["vit_l"]),
-        "COCO fine-tuning of 2109.10852, 640 px", "8 GPUs of 80 GB", "not run here; published 47.6 AP from Objects365 weights"),
-    "det_o365_vit_b": Preset(
+
+def presets():
+    """{name: Preset}. Every recipe stands here, beside what it gave."""
+    yield "det_shapes", Preset(SHAPES, "boxes of drawn shapes, 64 px", "2 CPU cores", NOT_RUN)
+    for task, about in (("seg", "outlines"), ("kpt", "joints of the figures"), ("cap", "captions")):
+        yield f"{task}_shapes", Preset(replace(SHAPES, tasks=task), f"{about} of drawn shapes, 64 px", "2 CPU cores", NOT_RUN)
+    yield "multi_shapes", Preset(replace(SHAPES, tasks="det,seg,kpt,cap", batch_size=16, steps=4500), "all four tasks at once on drawn shapes, 64 px", "2 CPU cores", NOT_RUN)
+    yield "det_coco_tiny", Preset(
+        Config(replace(SIZES["vit_tiny"], image_size=(256, 256), drop_path=0.0, dropout=0.0), data="coco", bad_boxes="drop", max_objects=30,
+               scale_min=0.8, scale_max=1.0, steps=2000, warmup_steps=100, lr=5e-4, batch_size=16, clip_norm=1.0, eval_every=500),
+        "boxes with a small ViT, 256 px, for CPUs and tests", "2 CPU cores", NOT_RUN)
+    yield "multi_coco_tiny", Preset(
+        Config(replace(SIZES["vit_tiny"], image_size=(256, 256), vocab_size=3000 + 258), data="coco", bad_boxes="drop", tasks="det,seg,kpt,cap",
+               max_objects=30, max_instances=3, captions_per_image=2, steps=2000, warmup_steps=100, lr=5e-4, batch_size=4, eval_every=1000),
+        "all four tasks with a small ViT, 256 px", "2 CPU cores", NOT_RUN)
+    for size, published in PUBLISHED_AP.items():
+        for side, ap in zip((640, 1024, 1333), published):
+            yield f"det_coco_{size}" + (f"_{side}" if side > 640 else ""), Preset(
+                replace(FINETUNE, model=replace(SIZES[size], image_size=(side, side), checkpointing=side > 640)),
+                f"COCO fine-tuning of 2109.10852, {side} px", "8 GPUs", f"{NOT_RUN}; published {ap} AP, from Objects365 weights")
+    yield "det_o365_vit_b", Preset(
         replace(FINETUNE, model=SIZES["vit_b"], batch_size=256, epochs=0, steps=400_000, warmup_epochs=0, warmup_steps=20_000, lr=1e-4),
-        "Objects365 pretraining of 2109.10852, 640 px (lr and warm-up are ours: not published)", "32 GPUs of 40 GB", "not run"),
-}
+        "Objects365 pretraining of 2109.10852, 640 px (learning rate and warm-up are ours, the paper's are not known)", "32 GPUs", NOT_RUN)
+    yield "multi_coco_vit_b", Preset(
+        replace(MULTITASK, tasks="det,seg,kpt,cap"), "all four tasks of 2206.07669, 640 px", "32 GPUs", f"{NOT_RUN}; published 44.2 box AP")
+    for task, about in (("seg", "masks"), ("kpt", "joints"), ("cap", "captions")):
+        yield f"{task}_coco_vit_b", Preset(replace(MULTITASK, tasks=task), f"{about} alone, as in 2206.07669, 640 px", "8 GPUs", NOT_RUN)
+
+
+PRESETS = dict(presets())
 DEFAULT_PRESET = "det_shapes"
 
 

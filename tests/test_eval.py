@@ -41,6 +41,7 @@ def model():
     model = Pix2Seq(MODEL).eval()
     with torch.no_grad():
         model.decoder.bias[1000:2000] += 5
+        model.decoder.bias[101:105] += 3
     return model
 
 
