@@ -80,23 +80,21 @@ class Thing:
             outline = np.array([(-1, 0), (1, 1), (1, -1)])
         return [outline * self.radius + (self.y, self.x)]
 
-    @cached_property
-    def box(self):
-        """(4,) yxyx fractions."""
-        points = np.concatenate(self.polygons)
-        return np.concatenate([points.min(0), points.max(0)])
+    def square(self):
+        """The square around its circle, yxyx fractions, in which it lies."""
+        return self.y - self.radius, self.x - self.radius, self.y + self.radius, self.x + self.radius
 
 
 def random_scene(rng, max_things):
-    """1 to max_things things, fully inside the image, no two of which overlap by more than a tenth (IoU)."""
+    """1 to max_things things, fully inside the image, the squares around no two of which overlap by more than a tenth (IoU)."""
     things = []
     for _ in range(rng.integers(1, max_things + 1)):
         kind, color = KINDS[rng.integers(len(KINDS))], list(COLORS)[rng.integers(len(COLORS))]
         for _ in range(10):
-            radius = rng.uniform(0.12, 0.25)
+            radius = rng.uniform(0.14, 0.26)
             y, x = rng.uniform(radius + 0.01, 0.99 - radius, 2)
             thing = Thing(kind, color, y, x, radius, rng.random((4, 2)))
-            if all(box_iou(thing.box, other.box) < 0.1 for other in things):
+            if all(box_iou(thing.square(), other.square()) < 0.1 for other in things):
                 things.append(thing)
                 break
     return things
@@ -164,10 +162,10 @@ class Shapes:
         boxes: (N, 4) float32 yxyx   iscrowd: (N,) bool      polygons: a list of (P, 2) arrays an object
         keypoints: (N, K, 3) float32, y x visibility (0, 1 or 2)          captions: list of str
         """
-        return self.record(np.random.default_rng([self.seed, SPLITS[self.split], i]), i)
+        rng = np.random.default_rng([self.seed, SPLITS[self.split], i])
+        return self.record(random_scene(rng, self.max_things), rng, i)
 
-    def record(self, rng, i):
-        things = random_scene(rng, self.max_things)
+    def record(self, things, rng, i):
         polygons = [[np.round(p * self.size, 2) for p in thing.polygons] for thing in things]
         extent = [np.concatenate(p) for p in polygons]
         keypoints = np.zeros((len(things), len(JOINTS), 3), np.float32)
@@ -188,11 +186,11 @@ class Shapes:
 
     def person(self, i):
         """A record that has a figure, and which of its objects that is."""
-        for attempt in range(1, 1000):
-            record = self.record(np.random.default_rng([self.seed, SPLITS[self.split], i, attempt]), i)
-            figures = np.flatnonzero(record["labels"] == KINDS.index("figure") + 1)
-            if len(figures):
-                return record, figures[0]
+        rng, figures = np.random.default_rng([self.seed, SPLITS[self.split], i, 1]), []
+        while not figures:
+            things = random_scene(rng, self.max_things)
+            figures = [n for n, thing in enumerate(things) if thing.kind == "figure"]
+        return self.record(things, rng, i), figures[0]
 
     def truth(self, task="det"):
         """The whole split as a dict in COCO's format, of which pycocotools makes an index."""

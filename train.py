@@ -143,11 +143,11 @@ class Preset:
 
 # Drawn shapes, for two CPU cores: 64 bins for 64 px, four classes, captions in bytes.
 SHAPES = Config(
-    Pix2SeqConfig(image_size=(64, 64), patch_size=8, enc_layers=3, enc_dim=96, enc_mlp=192, enc_heads=4, dec_layers=2, dec_dim=96, dec_mlp=192,
+    Pix2SeqConfig(image_size=(64, 64), patch_size=8, enc_layers=2, enc_dim=96, enc_mlp=192, enc_heads=4, dec_layers=2, dec_dim=96, dec_mlp=192,
                   dec_heads=4, vocab_size=432, max_seq_len=64, drop_path=0.0, dropout=0.0),
     bins=64, coord_shift=110, text_shift=174, max_objects=8, max_instances=2, max_points=24, caption_length=48, captions_per_image=2,
     scale_min=1.0, scale_max=1.0, instance_scale_min=1.0, instance_scale_max=1.0, flip=False, caption_flip=False, color_jitter=0.0,
-    caption_pad_weight=0.1, cap_top_p=0.4, steps=4500, warmup_steps=400, lr=2e-3, beta2=0.999, eval_every=1500, eval_images=100)
+    caption_pad_weight=0.1, cap_top_p=0.4, workers=0, steps=3600, warmup_steps=400, lr=2e-3, beta2=0.999, eval_every=1500, eval_images=100)
 FINETUNE = Config(data="coco", bad_boxes="drop", lr=3e-5, epochs=40, warmup_epochs=2, batch_size=32, log_every=100,
                   eval_every=10_000, save_every=2_000, eval_images=1000)
 TEXT_VIT_B = replace(SIZES["vit_b"], vocab_size=35_000)
@@ -161,7 +161,7 @@ def presets():
     yield "det_shapes", Preset(SHAPES, "boxes of drawn shapes, 64 px", "2 CPU cores", NOT_RUN)
     for task, about in (("seg", "outlines"), ("kpt", "joints of the figures"), ("cap", "captions")):
         yield f"{task}_shapes", Preset(replace(SHAPES, tasks=task), f"{about} of drawn shapes, 64 px", "2 CPU cores", NOT_RUN)
-    yield "multi_shapes", Preset(replace(SHAPES, tasks="det,seg,kpt,cap", batch_size=16, steps=4500), "all four tasks at once on drawn shapes, 64 px", "2 CPU cores", NOT_RUN)
+    yield "multi_shapes", Preset(replace(SHAPES, tasks="det,seg,kpt,cap", batch_size=16, max_instances=1, captions_per_image=1, steps=4500, eval_every=2250), "all four tasks at once on drawn shapes, 64 px", "2 CPU cores", NOT_RUN)
     yield "det_coco_tiny", Preset(
         Config(replace(SIZES["vit_tiny"], image_size=(256, 256), drop_path=0.0, dropout=0.0), data="coco", bad_boxes="drop", max_objects=30,
                scale_min=0.8, scale_max=1.0, steps=2000, warmup_steps=100, lr=5e-4, batch_size=16, clip_norm=1.0, eval_every=500),

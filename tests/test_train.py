@@ -83,7 +83,7 @@ def test_every_preset_shrunk_takes_a_step_and_evaluates(preset, tmp_path):
     signal.signal(signal.SIGINT, handlers[0]), signal.signal(signal.SIGTERM, handlers[1])
     assert all(0 <= m[train.HEADLINE[task]] <= 1 for task, m in metrics.items()), metrics
     model, c = load_model(str(tmp_path / "run/best.pt"), torch.device("cpu"))
-    assert c.model == small and c.categories[0]["name"] == "circle"
+    assert c.model == small and {category["name"] for category in c.categories} <= set(data.KINDS)
 
 
 # optimisation
