@@ -100,14 +100,15 @@ class Config:
     steps: int = 0                             # length of training
     warmup_epochs: float = 0.0                 # linear rise of the learning rate, if warmup_steps is 0
     warmup_steps: int = 0                      # linear rise of the learning rate
+    optimizer: str = "adamw"                   # adamw or lamb
     lr: float = 3e-5                           # peak learning rate
     schedule: str = "linear"                   # after the warm-up: linear, cosine, cosine@SHARE, exp@RATE or none
     end_lr_factor: float = 0.01                # last learning rate, as a share of the peak
-    weight_decay: float = 0.05                 # decoupled, on every parameter but no_decay
-    no_decay: str = ""                         # regular expression for names of parameters without decay
-    beta1: float = 0.9                         # of AdamW
-    beta2: float = 0.95                        # of AdamW
-    eps: float = 1e-8                          # of AdamW
+    weight_decay: float = 0.05                 # decoupled (lamb: a part of the step that is scaled), on every parameter but no_decay
+    no_decay: str = ""                         # regular expression for names of parameters without decay, and without lamb's scaling
+    beta1: float = 0.9                         # of the mean of gradients
+    beta2: float = 0.95                        # of the mean of their squares
+    eps: float = 1e-8                          # beside the root of that
     clip_norm: float = 0.0                     # largest global norm of the gradient; 0: no limit
     label_smoothing: float = 0.0               # of the cross entropy
     seed: int = 0                              # of weights, order, augmentation and dropout
@@ -282,14 +283,45 @@ def learning_rate(step, base, schedule, warmup, total, end_factor):
     return base * (left * (1 - end_factor) + end_factor)
 
 
+class LAMB(torch.optim.Optimizer):
+    """Adam with the step of each parameter, decay included, scaled to the norm of the parameter (1904.00962); a group with
+    scaled=False takes Adam's. The reference scales keys and values apart, which are one parameter in model.Attention."""
+
+    def __init__(self, params, lr, betas, eps):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=0.0, scaled=True))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                if not state:
+                    state.update(step=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
+                state["step"] += 1
+                mean = state["mean"].lerp_(p.grad, 1 - beta1) / (1 - beta1 ** state["step"])
+                square = state["square"].lerp_(p.grad.square(), 1 - beta2) / (1 - beta2 ** state["step"])
+                update = mean / (square.sqrt() + group["eps"]) + group["weight_decay"] * p
+                if group["scaled"]:
+                    norm, length = p.norm(), update.norm()
+                    update *= torch.where((norm > 0) & (length > 0), norm / length, 1.0)
+                p.sub_(group["lr"] * update)
+
+
 def make_optimizer(named_parameters, c, device):
-    """AdamW with decoupled decay on all parameters but those whose name matches c.no_decay."""
+    """AdamW with decoupled decay, or LAMB, in groups: without decay go the parameters whose name matches c.no_decay.
+    The reference does not clip the gradient for LAMB; here clip_norm holds for both."""
+    if c.optimizer not in ("adamw", "lamb"):
+        raise ValueError(f"unknown optimizer {c.optimizer!r}, expected adamw or lamb")
     named = [(name, p) for name, p in named_parameters if p.requires_grad]
     exempt = [p for name, p in named if c.no_decay and re.search(c.no_decay, name)]
     decayed = [p for name, p in named if not (c.no_decay and re.search(c.no_decay, name))]
     groups = [{"params": decayed, "weight_decay": c.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps,
-                             fused=device.type in ("cpu", "cuda"))
+    options = dict(lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps)
+    if c.optimizer == "lamb":
+        groups[1]["scaled"] = False
+        return LAMB([g for g in groups if g["params"]], **options)
+    return torch.optim.AdamW([g for g in groups if g["params"]], **options, fused=device.type in ("cpu", "cuda"))
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -100,6 +100,51 @@ def test_learning_rate_rises_and_falls_to_its_end():
     assert rate(60, "cosine") == pytest.approx(1.1) and rate(60, "none") == 2 and rate(110, "cosine@0.5") == pytest.approx(1.1)
 
 
+def two_parameters():
+    generator = torch.Generator().manual_seed(0)
+    return [("fc.weight", torch.nn.Parameter(torch.randn(6, 4, generator=generator))), ("fc.bias", torch.nn.Parameter(torch.zeros(6)))]
+
+
+def test_a_lamb_step_is_as_long_as_its_parameter_times_the_rate_but_adams_where_there_is_no_decay():
+    named = two_parameters()
+    (weight, bias), before = [p for _, p in named], named[0][1].detach().clone()
+    optimizer = train.make_optimizer(named, Config(optimizer="lamb", lr=0.01, no_decay="bias"), torch.device("cpu"))
+    for p in (weight, bias):
+        p.grad = torch.full_like(p, 1000.0)
+    optimizer.step()
+    assert (weight - before).norm().item() == pytest.approx(0.01 * before.norm().item(), rel=1e-4)
+    assert torch.allclose(bias, torch.full((6,), -0.01))
+    for p in (weight, bias):
+        p.detach().zero_()
+    optimizer.step()                                   # a parameter of norm 0 has a way to leave it
+    assert weight.isfinite().all() and (weight != 0).all()
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb"])
+def test_an_optimizer_goes_on_from_its_saved_state_bit_for_bit(name, tmp_path):
+    named = two_parameters()
+    c, grads = Config(optimizer=name, lr=0.01, no_decay="bias"), torch.randn(4, 6, 4, generator=torch.Generator().manual_seed(1))
+    optimizer = train.make_optimizer(named, c, torch.device("cpu"))
+    for i, grad in enumerate(grads):
+        if i == 2:
+            train.save(str(tmp_path / "saved.pt"), {"weights": [p.detach() for _, p in named], "optimizer": optimizer.state_dict()})
+        named[0][1].grad, named[1][1].grad = grad.clone(), grad.mean(1)
+        optimizer.step()
+    saved = torch.load(tmp_path / "saved.pt", weights_only=True)
+    again = [(key, torch.nn.Parameter(w)) for (key, _), w in zip(named, saved["weights"])]
+    optimizer = train.make_optimizer(again, c, torch.device("cpu"))
+    optimizer.load_state_dict(saved["optimizer"])
+    for grad in grads[2:]:
+        again[0][1].grad, again[1][1].grad = grad.clone(), grad.mean(1)
+        optimizer.step()
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(named, again))
+
+
+def test_an_unknown_optimizer_lists_the_choices():
+    with pytest.raises(ValueError, match="unknown optimizer 'lion', expected adamw or lamb"):
+        train.make_optimizer(two_parameters(), Config(optimizer="lion"), torch.device("cpu"))
+
+
 def test_one_batch_can_be_learned_by_heart(tiny_config):
     from tokenizer import Vocab, encode_detection
     from model import Pix2Seq, token_loss
