@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import diffusion
 import tokenizer
 import train
 from model import Pix2Seq, Pix2SeqConfig, filter_logits, load_reference_weights, token_loss
@@ -141,7 +142,44 @@ def check_optim(g):
         g.check(key, torch.tensor(rates), tolerance=1e-4 * s["base_lr"])
 
 
-CHECKS = {"ar": check_pix2seq, "tokens": check_tokens, "optim": check_optim}
+def check_diffusion(g):
+    for name in g.config["schedules"]:
+        g.check(f"out:gamma/{name}", diffusion.gamma_schedule(name)(g["in:t"]))
+    for key in [k for k in g.npz if k.startswith("out:x0/")]:
+        _, pred_type, rederive = key.split("/")
+        x0, eps = diffusion.predict_x0_eps(g["in:xt"], g["in:gamma"], g["in:denoise_out"], pred_type, rederive_eps=bool(int(rederive)))
+        g.check(key, x0)
+        g.check(f"out:eps/{pred_type}/{rederive}", eps)
+    A = g["in:A"]
+
+    def denoise(x_t, gamma, label, self_cond):
+        x = x_t if self_cond is None else torch.cat([x_t, self_cond], -1)
+        y = x @ A[:x.shape[-1]] + 0.1 * gamma.view(-1, 1, 1, 1)
+        return y if label == "label" else y * 0.5
+
+    for name, case in g.config["cases"].items():
+        out = diffusion.sample(denoise, g["in:x_init"], g.config["steps"], schedule=g.config["schedule"], cond="label",
+                               sampler=case.pop("sampler_name"), step_noise=g["in:step_noise"], **case)
+        g.check(f"out:sample/{name}", out)
+
+
+def check_bits(g):
+    """Channels are last there, so dim = -1."""
+    for key in [k for k in g.npz if k.startswith("out:bits/")]:
+        code = key.removeprefix("out:bits/")
+        bits = diffusion.rgb_to_bits(g["in:image"], code, g.config["b_scale"], dim=-1)
+        g.check(key, bits, tolerance=0)
+        g.check(f"out:back/{code}", diffusion.bits_to_rgb(bits, code, dim=-1), tolerance=1e-6)
+    n_bits = g["out:int2bits"].shape[-1]
+    bits = diffusion.ints_to_bits(g["in:ints"][..., None], n_bits, dim=-1)     # ours are -1 and 1, there 0 and 1
+    g.check("out:int2bits", (bits + 1) / 2, tolerance=0)
+    g.check("out:bits2int", diffusion.bits_to_ints(bits, n_bits, dim=-1)[..., 0])
+    classes, ids = diffusion.majority_vote(g["in:semantic"], g["in:identity"], g.config["min_pixels"])
+    g.check("out:vote_semantic", classes)
+    g.check("out:vote_identity", ids)
+
+
+CHECKS = {"ar": check_pix2seq, "tokens": check_tokens, "optim": check_optim, "diffusion": check_diffusion, "bits": check_bits}
 
 
 def find_check(path):
