@@ -1,9 +1,12 @@
-"""The networks: an image encoder and an autoregressive decoder that writes token sequences about the image.
+"""The networks: an image encoder with an autoregressive decoder that writes token sequences about the image, and the
+denoisers of diffusion, RIN and UNet.
 
-Papers: Pix2Seq (arXiv 2109.10852), its multi-task form (2206.07669), ViT (2010.11929), ResNet (1512.03385).
+Papers: Pix2Seq (arXiv 2109.10852), its multi-task form (2206.07669), ViT (2010.11929), ResNet (1512.03385), RIN (2212.11972),
+UNet as in Bit Diffusion (2208.04202) and Pix2Seq-D (2210.06366).
 Images are (B, 3, H, W) float in [0, 1]; a decoder reads and writes (B, T) or, with G sequences about each image,
-(B, G, T) integer tokens. One attention, one MLP and one layer serve every network in this file.
-Left out: the training (train.py), and what the tokens mean (tokenizer.py).
+(B, G, T) integer tokens; a denoiser reads and writes (B, C, H, W), of a video (B, C, T, H, W), in the range of its data.
+One attention, one MLP and one layer serve every network in this file.
+Left out: the training (train.py), what the tokens mean (tokenizer.py), noise and sampling (diffusion.py).
 
     python model.py                                     # named sizes: parameters and FLOPs
     python model.py --convert DIR coco.pt --image_size=640 --categories instances_val2017.json     # released weights -> ours
@@ -17,6 +20,7 @@ import os
 import re
 import sys
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -28,12 +32,16 @@ from torch.utils.checkpoint import checkpoint
 # ---------------------------------------------------------------------------------------------------------------
 # positions
 
+def sincos(coords, dim):
+    """Coordinates (...) -> their codes (..., dim): all sines, then all cosines."""
+    i = torch.arange(dim, device=coords.device)
+    angles = coords[..., None] / 10000 ** (2 * (i // 2) / dim)                 # (..., dim)
+    return torch.cat([angles[..., 0::2].sin(), angles[..., 1::2].cos()], -1)
+
+
 def sincos_1d(n, dim, maximum=2 * math.pi):
-    """(n, dim) float32 code of n coordinates spread evenly over [0, maximum]: all sines, then all cosines."""
-    coords = torch.arange(n, dtype=torch.float32) / max(n - 1, 1) * maximum
-    i = torch.arange(dim)
-    angles = coords[:, None] / 10000 ** (2 * (i // 2) / dim)                   # (n, dim)
-    return torch.cat([angles[:, 0::2].sin(), angles[:, 1::2].cos()], -1)
+    """(n, dim) float32 code of n coordinates spread evenly over [0, maximum]."""
+    return sincos(torch.arange(n, dtype=torch.float32) / max(n - 1, 1) * maximum, dim)
 
 
 def sincos_2d(rows, cols, dim, maximum=2 * math.pi):
@@ -51,19 +59,27 @@ def embedding(*shape):
 
 
 class Position(nn.Module):
-    """Adds a position code to (B, N, D) tokens. kind: learned (a parameter) or sin_cos (a constant)."""
+    """Adds a position code to (B, N, D) tokens, N = frames * rows * cols or less.
+    kind: learned (a parameter), sin_cos (a constant) or sin_cos_plus_learned (their sum, the parameter zero at first)."""
 
-    def __init__(self, kind, rows, cols, dim, maximum=2 * math.pi):
+    def __init__(self, kind, rows, cols, dim, maximum=2 * math.pi, frames=1):
         super().__init__()
+        self.residual = nn.Parameter(torch.zeros(frames * rows * cols, dim)) if kind == "sin_cos_plus_learned" else None
         if kind == "learned":
-            self.code = embedding(rows * cols, dim)
-        elif kind == "sin_cos":
-            self.register_buffer("code", sincos_2d(rows, cols, dim, maximum), persistent=False)
+            self.code = embedding(frames * rows * cols, dim)
+        elif kind in ("sin_cos", "sin_cos_plus_learned"):
+            code = sincos_2d(rows, cols, dim, maximum)
+            # For several frames of sin_cos alone the reference repeats patch by patch, so its checkpoints expect that.
+            code = code.repeat_interleave(frames, 0) if kind == "sin_cos" else code.repeat(frames, 1)
+            self.register_buffer("code", code, persistent=False)
         else:
-            raise ValueError(f"unknown position code {kind!r}, expected 'learned' or 'sin_cos'")
+            raise ValueError(f"unknown position code {kind!r}, expected 'learned', 'sin_cos' or 'sin_cos_plus_learned'")
+
+    def table(self):
+        return self.code if self.residual is None else self.code + self.residual
 
     def forward(self, x, start=0):
-        return x + self.code[start:start + x.shape[1]]
+        return x + self.table()[start:start + x.shape[1]]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -93,7 +109,7 @@ class Attention(nn.Module):
     def __init__(self, dim, heads, context_dim=None, att_dim=None, dropout=0.0):
         super().__init__()
         att_dim = att_dim or dim
-        if att_dim % heads:
+        if heads < 1 or att_dim % heads:
             raise ValueError(f"attention width {att_dim} is not a multiple of its {heads} heads")
         self.heads, self.dropout = heads, dropout
         self.q = nn.Linear(dim, att_dim)
@@ -133,7 +149,7 @@ class KVCache:
     """Keys and values of one decoder layer: those of the image, and those of the tokens written so far."""
 
     def __init__(self, layer, context, sequences, length):
-        self.context = layer.cross_att.project(context)
+        self.context = layer.cross_att.project(layer.context_norm(context))
         heads, hs = self.context[0].shape[1], self.context[0].shape[3]
         self.written = self.context[0].new_zeros(2, sequences, heads, length, hs)
         self.length = 0
@@ -146,27 +162,32 @@ class KVCache:
 
 
 class Layer(nn.Module):
-    """A transformer layer: self-attention, then cross-attention if it has a context, then an MLP; each pre-norm."""
+    """A transformer layer: self-attention, cross-attention if it has a context, an MLP if mlp_dim; each pre-norm.
+    att_dim: width of the cross-attention (default: dim). context_norm: a LayerNorm on the context, too."""
 
-    def __init__(self, dim, mlp_dim, heads, context_dim=None, causal=False, drop_path=0.0, dropout=0.0, att_dropout=0.0):
+    def __init__(self, dim, mlp_dim, heads, context_dim=None, causal=False, drop_path=0.0, dropout=0.0, att_dropout=0.0,
+                 self_attention=True, att_dim=None, context_norm=False):
         super().__init__()
         self.causal = causal
-        self.self_norm, self.self_att = layer_norm(dim), Attention(dim, heads, dropout=att_dropout)
+        if self_attention:
+            self.self_norm, self.self_att = layer_norm(dim), Attention(dim, heads, dropout=att_dropout)
         if context_dim:
             self.cross_norm = layer_norm(dim)
-            self.cross_att = Attention(dim, heads, context_dim, dropout=att_dropout)
-        self.mlp = MLP(dim, mlp_dim, drop_path, dropout)
+            self.context_norm = layer_norm(context_dim) if context_norm else nn.Identity()
+            self.cross_att = Attention(dim, heads, context_dim, att_dim, dropout=att_dropout)
+        self.mlp = MLP(dim, mlp_dim, drop_path, dropout) if mlp_dim else nn.Identity()
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x, context=None, cache=None):
         """x: (S, T, dim). context: (B, N, context_dim), S a multiple of B: S / B sequences about each image."""
-        y = self.self_norm(x)
-        kv = self.self_att.project(y)
-        if cache is not None:
-            kv = cache.append(kv)
-        x = x + self.drop_path(self.self_att(y, kv, causal=self.causal and x.shape[1] > 1))
+        if hasattr(self, "self_att"):
+            y = self.self_norm(x)
+            kv = self.self_att.project(y)
+            if cache is not None:
+                kv = cache.append(kv)
+            x = x + self.drop_path(self.self_att(y, kv, causal=self.causal and x.shape[1] > 1))
         if hasattr(self, "cross_att"):
-            kv = self.cross_att.project(context) if cache is None else cache.context
+            kv = self.cross_att.project(self.context_norm(context)) if cache is None else cache.context
             # Nothing is masked here, so the sequences about an image are just more queries: no copy of its keys.
             y = self.cross_norm(x).view(kv[0].shape[0], -1, x.shape[2])        # (B, S/B * T, dim)
             x = x + self.drop_path(self.cross_att(y, kv).view(x.shape))
@@ -180,6 +201,12 @@ def run_layers(layers, x, *args, checkpointing=False):
     return x
 
 
+def starts_at_zero(layer):
+    """Marks a layer for `initialize`: its weights start at zero, so that what it adds starts as nothing."""
+    layer.zero_at_start = True
+    return layer
+
+
 def initialize(name, module):
     """Glorot-uniform dense and convolution weights, zero biases; embeddings keep their truncated normal (std 0.02)."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -191,6 +218,8 @@ def initialize(name, module):
             std = math.prod(module.weight.shape[1:]) ** -0.5
             edge = 2 * std / 0.87962566                # cut at two deviations, made wider so that `std` is what remains
             nn.init.trunc_normal_(module.weight, std=edge / 2, a=-edge, b=edge)
+    if hasattr(module, "zero_at_start"):
+        nn.init.zeros_(module.weight)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -489,7 +518,6 @@ class Pix2Seq(nn.Module):
         shape = (B, S // B, length)
         return Generated(tokens.view(shape), probs.view(shape), None if logprobs is None else logprobs.view(*shape, -1))
 
-
     @torch.no_grad()
     def attention_maps(self, context, tokens):
         """Where the decoder looks when it writes: (1, N, dec_dim) and (1, T) input tokens -> (T, N), for each next token the
@@ -543,16 +571,494 @@ def token_loss(logits, targets, kind="xent", smoothing=0.0, gamma=2.0):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# denoisers: what they share
+
+class ScalarEmbedding(nn.Module):
+    """A number for each example (B,), and optional features (B, features) -> (B, dim). dim: a multiple of 4."""
+
+    def __init__(self, dim, scaling, features=0, normalize=False):
+        super().__init__()
+        if dim % 4:
+            raise ValueError(f"width {dim} of the time embedding is not a multiple of 4")
+        self.code_dim, self.scaling, self.normalize = dim // 4, scaling, normalize
+        self.fc1, self.fc2 = nn.Linear(dim // 4, dim), nn.Linear(dim + features, dim)
+
+    def forward(self, t, features=None):
+        code = sincos(t.float() * self.scaling, self.code_dim)                 # (B, dim / 4)
+        if self.normalize:
+            code = (code - code.mean(-1, keepdim=True)) / code.std(-1, correction=0, keepdim=True)
+        x = F.silu(self.fc1(code))
+        return self.fc2(x if features is None else torch.cat([x, features], -1))
+
+
+def split_cond(x, cond, **widths):
+    """The condition of samples x (B, ...) -> its parts in the order of `widths`, None for a part of width 0: not taken.
+
+    cond: the part, or a tuple of all parts, that the network takes; None stands for None in each. Only labels can be None.
+    Labels (B,) int64 become one-hot (B, width) float32, zeros for None and for -1: a label dropped for classifier-free
+    guidance (2207.12598). Float features (B, ..., width) in their place pass as they are.
+    """
+    names = [name for name, width in widths.items() if width]
+    given = [None] * len(names) if cond is None else list(cond) if isinstance(cond, (tuple, list)) else [cond]
+    parts = dict(zip(names, given))
+    if len(given) != len(names) or any(parts[name] is None for name in names if name != "labels"):
+        raise ValueError(f"as condition this network takes {' and '.join(names) or 'nothing'}, and only labels can be None")
+    labels = parts.get("labels")
+    if "labels" in parts and labels is None:
+        parts["labels"] = torch.zeros(len(x), widths["labels"], device=x.device)
+    elif "labels" in parts and not labels.is_floating_point():
+        parts["labels"] = F.one_hot(labels + 1, widths["labels"] + 1)[:, 1:].float()
+    return [parts.get(name) for name in widths]
+
+
+class SameConv2d(nn.Conv2d):
+    """(B, C, H, W) -> (B, C', H / stride, W / stride), rounded up. Where padding is odd, bottom and right get more of it
+    (TensorFlow's "SAME"), unlike torch's own."""
+
+    def forward(self, x):
+        pads = []
+        for size, kernel, stride in zip(x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1]):    # width, then height
+            total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
+            pads += [total // 2, total - total // 2]
+        return super().forward(F.pad(x, pads))
+
+
+def group_norm(dim, like=None):
+    """GroupNorm over `dim` channels, with the number of groups that fits `like` channels (default: dim)."""
+    return nn.GroupNorm(min((like or dim) // 4, 32), dim)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# RIN: Recurrent Interface Network
+
+@dataclass(frozen=True)
+class RINConfig:
+    """Everything that fixes the shape of a RIN. The defaults are those for CIFAR-10 in the reference, without labels."""
+    sample_size: tuple[int, int] = (32, 32)    # height and width of what is denoised
+    channels: int = 3                          # its channels
+    frames: int = 1                            # its frames; 1: an image
+    cond_frames: int = 0                       # known frames, as condition of a video
+    frame_stride: int = 1                      # frames in a patch of a video
+    num_classes: int = 0                       # labels, as condition (or the width of features in their place); 0: none
+    self_cond: str = "latent"                  # takes from the call before: none, latent, interface or latent+interface
+    interface_patch: int = 2                   # side of the patch that becomes an interface token
+    interface_dim: int = 256                   # interface: width
+    interface_mlp_ratio: int = 2               # interface: hidden width of an MLP / interface_dim; 0: no MLP after a write
+    interface_position: str = "learned"        # interface: positions, learned, sin_cos or sin_cos_plus_learned
+    latents: int = 128                         # latent tokens, those for time and condition included
+    latent_dim: int = 512                      # latents: width
+    latent_mlp_ratio: int = 4                  # latents: hidden width of an MLP / latent_dim
+    latent_heads: int = 16                     # latents: heads of self-attention
+    latent_position: str = "learned"           # latents: their start, learned, sin_cos or sin_cos_plus_learned
+    latent_layers: tuple[int, ...] = (2, 2, 2)  # latent layers of each block, between read and write; 0: it reads, no more
+    rw_heads: int = 8                          # attention heads of reads and writes
+    rw_context_norm: bool = False              # a LayerNorm on what is read or written, too
+    conv_kernel: int = 0                       # side of a depthwise convolution of the interface after a write; 0: none
+    conv_dropout: float = 0.0                  # share of its units left out in training
+    time_scaling: float = 1000.0               # gamma is multiplied by this before it is coded
+    time_on_latents: bool = True               # the time token is a latent; else it is beside the interface
+    cond_on_latents: int = 1                   # condition tokens that are latents (a label is 1); 0: beside the interface
+    cond_dim: int = 0                          # width of the tokens beside the interface; 0: interface_dim
+    cond_proj: bool = True                     # a dense layer on the condition; else it must have that width
+    cond_writable: bool = False                # tokens beside the interface are written, too
+    cond_decoupled_read: bool = False          # they are read by layers of their own
+    drop_path: float = 0.1                     # share of residual branches left out in training
+    dropout: float = 0.1                       # share of MLP units left out in training
+    att_dropout: float = 0.0                   # share of attention weights left out in training
+    checkpointing: bool = False                # recompute activations in the backward pass: less memory, 4/3 the time
+
+
+class WarmStart(nn.Module):
+    """Adds to x (B, N, dim) what the call before left there (2212.11972, "Latent Self-Conditioning"); at first, nothing."""
+
+    def __init__(self, dim, mlp_dim):
+        super().__init__()
+        self.mlp, self.norm = MLP(dim, mlp_dim), starts_at_zero(layer_norm(dim))
+
+    def forward(self, x, previous=None):
+        return x + self.norm(self.mlp(torch.zeros_like(x) if previous is None else previous))
+
+
+class InterfaceConv(nn.Module):
+    """Depthwise convolution of each frame of the interface (B, frames * rows * cols + others, dim); the others pass."""
+
+    def __init__(self, frames, rows, cols, dim, kernel, dropout):
+        super().__init__()
+        self.grid = (frames, rows, cols)
+        self.depthwise_conv = SameConv2d(dim, dim, kernel, groups=dim)
+        self.norm, self.dropout = group_norm(dim), nn.Dropout(dropout)
+        self.pointwise_conv = starts_at_zero(nn.Conv2d(dim, dim, 1))
+
+    def forward(self, x):
+        n = math.prod(self.grid)
+        y = x[:, :n].unflatten(1, self.grid).flatten(0, 1).permute(0, 3, 1, 2)                 # (B * frames, dim, rows, cols)
+        y = self.pointwise_conv(self.dropout(F.silu(self.norm(self.depthwise_conv(y)))))
+        return torch.cat([x[:, :n] + y.permute(0, 2, 3, 1).reshape(len(x), n, -1), x[:, n:]], 1)
+
+
+class RINBlock(nn.Module):
+    """Read: latents attend to the interface. Process: latents attend to each other. Write: the interface to latents."""
+
+    def __init__(self, c, layers, cond_dim, grid):
+        super().__init__()
+        self.checkpointing = c.checkpointing
+        latent_mlp, rw_dim = c.latent_mlp_ratio * c.latent_dim, min(c.interface_dim, c.latent_dim)
+        Attend = partial(Layer, heads=c.rw_heads, self_attention=False, context_norm=c.rw_context_norm)
+        self.read = Attend(c.latent_dim, latent_mlp, context_dim=c.interface_dim, att_dim=rw_dim)
+        self.read_cond = self.write = self.conv = None
+        if c.cond_decoupled_read:
+            self.read_cond = Attend(c.latent_dim, latent_mlp, context_dim=cond_dim, att_dim=min(cond_dim, c.latent_dim))
+        self.process = nn.ModuleList(Layer(c.latent_dim, latent_mlp, c.latent_heads, drop_path=c.drop_path, dropout=c.dropout,
+                                           att_dropout=c.att_dropout) for _ in range(layers))
+        if layers:
+            interface_mlp = c.interface_mlp_ratio * c.interface_dim
+            self.write = Attend(c.interface_dim, interface_mlp, context_dim=c.latent_dim, att_dim=rw_dim)
+        if layers and c.conv_kernel:
+            self.conv = InterfaceConv(*grid, c.interface_dim, c.conv_kernel, c.conv_dropout)
+
+    def forward(self, latents, interface, beside=None):
+        """latents (B, M, latent_dim), interface (B, N, interface_dim), and tokens beside it (B, K, cond_dim), to be read."""
+        if self.read_cond is not None:
+            latents = self.read(self.read_cond(latents, beside), interface)
+        else:
+            latents = self.read(latents, interface if beside is None else torch.cat([interface, beside], 1))
+        latents = run_layers(self.process, latents, checkpointing=self.checkpointing and self.training)
+        if self.write is not None:
+            interface = self.write(interface, latents)
+        return latents, interface if self.conv is None else self.conv(interface)
+
+
+class RIN(nn.Module):
+    """Recurrent Interface Network (2212.11972), for images and, where frames + cond_frames > 1, for videos.
+
+    In the reference ("tape") several frames with `interface` self-conditioning, with writable tokens beside the interface
+    or with a convolution fail or mix up tokens; here they are as one would expect.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.video = c.frames + c.cond_frames > 1
+        label_token = c.num_classes > 0 and not self.video                     # in a video it goes with the time
+        beside = not c.time_on_latents or (label_token and not c.cond_on_latents)
+        cond_dim = c.cond_dim or c.interface_dim
+        if c.self_cond not in ("none", "latent", "interface", "latent+interface"):
+            raise ValueError(f"unknown self_cond {c.self_cond!r}, expected 'none', 'latent', 'interface' or 'latent+interface'")
+        if any(side % c.interface_patch for side in c.sample_size):
+            raise ValueError(f"sample_size {c.sample_size} is not a multiple of interface_patch {c.interface_patch}")
+        if c.cond_decoupled_read and (c.cond_writable or not beside):
+            raise ValueError("cond_decoupled_read needs tokens beside the interface (time_on_latents=False or "
+                             "cond_on_latents=0) and cond_writable=False")
+        if beside and cond_dim != c.interface_dim and not c.cond_decoupled_read:
+            raise ValueError(f"cond_dim {cond_dim} differs from interface_dim {c.interface_dim}: it needs cond_decoupled_read")
+
+        rows, cols = (side // c.interface_patch for side in c.sample_size)
+        steps, cond_steps = math.ceil(c.frames / c.frame_stride), math.ceil(c.cond_frames / c.frame_stride)
+        grid = (steps + cond_steps, rows, cols)
+        self.out_grid = (steps, rows, cols)
+        self.patch_shape = (c.frame_stride, c.interface_patch, c.interface_patch, c.channels)
+        self.patch = nn.Linear(math.prod(self.patch_shape), c.interface_dim)
+        self.patch_norm = layer_norm(c.interface_dim)
+        self.interface_position = Position(c.interface_position, rows, cols, c.interface_dim, c.time_scaling, grid[0])
+        own_latents = c.latents - c.time_on_latents - label_token * c.cond_on_latents
+        self.latent_position = Position(c.latent_position, own_latents, 1, c.latent_dim, c.time_scaling)
+        self.time_emb = ScalarEmbedding(c.latent_dim if c.time_on_latents else cond_dim, c.time_scaling,
+                                        c.num_classes if self.video else 0, normalize=True)
+        self.cond_proj = None
+        if label_token:
+            width = c.latent_dim if c.cond_on_latents else cond_dim
+            self.cond_proj = nn.Linear(c.num_classes, width) if c.cond_proj else nn.Identity()
+        self.latent_prev = WarmStart(c.latent_dim, c.latent_mlp_ratio * c.latent_dim) if "latent" in c.self_cond else None
+        self.interface_prev = (WarmStart(c.interface_dim, c.interface_mlp_ratio * c.interface_dim)
+                               if "interface" in c.self_cond else None)
+        self.blocks = nn.ModuleList(RINBlock(c, layers, cond_dim, grid) for layers in c.latent_layers)
+        self.norm, self.output = layer_norm(c.interface_dim), nn.Linear(c.interface_dim, math.prod(self.patch_shape))
+        for name, module in self.named_modules():
+            initialize(name, module)
+
+    def tokens(self, x, start=0):
+        """(B, C, T, H, W) -> (B, N, interface_dim), frame by frame, row by row, from position `start` on."""
+        t, p, _, _ = self.patch_shape
+        extra = -x.shape[2] % t
+        x = F.pad(x, (0, 0, 0, 0, extra // 2, extra - extra // 2))             # frames that fill the last patch
+        x = x.unflatten(4, (-1, p)).unflatten(3, (-1, p)).unflatten(2, (-1, t))                # (B, C, T', t, H', p, W', p)
+        x = x.permute(0, 2, 4, 6, 3, 5, 7, 1).flatten(4).flatten(1, 3)         # (B, T' * H' * W', t * p * p * C)
+        return self.interface_position(self.patch_norm(self.patch(x)), start)
+
+    def forward(self, x, gamma, cond=None, hidden=None):
+        """A denoiser of diffusion.py.
+
+        x:      (B, channels, *sample_size); of a video (B, channels, frames, *sample_size)
+        gamma:  (B,) float, share of signal in x
+        cond:   None; or labels (B,) int64, -1 for a dropped one; or, in place of labels, float features (B, num_classes) or
+                (B, S, num_classes), such as encoded text; or the known frames of a video (B, channels, cond_frames,
+                *sample_size); or the pair (labels, frames) where the network takes both (`split_cond`)
+        hidden: what an earlier call returned, for self-conditioning; None is the same as zeros
+        Returns the prediction, shaped like x, and hidden = (latents (B, M, latent_dim), interface (B, N, interface_dim)).
+        """
+        c, B = self.config, len(x)
+        expected = (c.channels, *([c.frames] if self.video else []), *c.sample_size)
+        if x.shape[1:] != expected:
+            raise ValueError(f"got samples of shape {tuple(x.shape[1:])}, expected {expected}")
+        labels, known = split_cond(x, cond, labels=c.num_classes, frames=c.cond_frames)
+        old_latents, old_interface = hidden or (None, None)
+
+        time = self.time_emb(gamma, labels if self.video else None)[:, None]   # (B, 1, D)
+        on_latents, beside = ([time], []) if c.time_on_latents else ([], [time])
+        if self.cond_proj is not None:
+            token = self.cond_proj(labels)                                     # (B, D) or (B, S, D)
+            token = token if token.dim() == 3 else token[:, None].expand(-1, max(c.cond_on_latents, 1), -1)
+            (on_latents if c.cond_on_latents else beside).append(token)
+
+        latents = torch.cat([self.latent_position.table().expand(B, -1, -1), *on_latents], 1)  # (B, M, latent_dim)
+        if self.latent_prev is not None:
+            latents = self.latent_prev(latents, old_latents)
+        interface = self.tokens(x if self.video else x.unsqueeze(2))           # (B, n, interface_dim)
+        n = interface.shape[1]
+        if self.interface_prev is not None:
+            interface = self.interface_prev(interface, None if old_interface is None else old_interface[:, :n])
+        if known is not None:
+            interface = torch.cat([interface, self.tokens(known, start=n)], 1)
+        N = interface.shape[1]
+        if c.cond_writable:
+            interface, beside = torch.cat([interface, *beside], 1), []
+        beside = torch.cat(beside, 1) if beside else None
+
+        for block in self.blocks:
+            latents, interface = block(latents, interface, beside)
+
+        out = self.output(self.norm(interface[:, :n]))                         # (B, n, t * p * p * C)
+        out = out.unflatten(2, self.patch_shape).unflatten(1, self.out_grid)   # (B, T', H', W', t, p, p, C)
+        out = out.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)    # (B, C, T, H, W)
+        return out[:, :, :c.frames] if self.video else out[:, :, 0], (latents, interface[:, :N])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# UNet
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Everything that fixes the shape of a UNet. The defaults are those for CIFAR-10 in the reference, without labels."""
+    sample_size: tuple[int, int] = (32, 32)    # height and width of what is denoised
+    channels: int = 3                          # its channels
+    num_classes: int = 0                       # labels, as condition (or the width of features in their place); 0: none
+    cond_channels: int = 0                     # channels of a map, as condition; 0: none
+    context_dim: int = 0                       # width of a sequence to attend to, as condition; 0: none
+    self_cond: str = "none"                    # takes from the call before the estimate of: none, x, eps or auto
+    softmax_groups: int = 0                    # predicts logits of so many codes, of channels / softmax_groups bits; 0: not
+    unet_dim: int = 256                        # width, to be multiplied
+    multipliers: tuple[int, ...] = (1, 1, 1)   # width of each resolution / unet_dim, from the finest
+    res_blocks: tuple[int, ...] = (3, 3, 3)    # residual blocks of each resolution on the way down; on the way up one more
+    kernel_sizes: tuple[int, ...] = (3,)       # side of their convolutions: one, or one of each resolution
+    attention_at: tuple[int, ...] = (16, 8)    # heights of the feature maps that have attention
+    head_dim: int = 64                         # width of an attention head
+    transformer_layers: int = 0                # transformer on the coarsest map: layers; 0: none
+    transformer_dim: int = 256                 # transformer: width
+    transformer_stride: int = 1                # transformer: side of the patch that becomes a token
+    transformer_position: str = "sin_cos"      # transformer: positions, sin_cos, learned or none
+    in_stride: int = 1                         # the sample is shrunk by this, and the prediction enlarged
+    in_kernel: int = 3                         # side of the first convolution
+    out_kernel: int = 3                        # side of the last one; with softmax_groups it is 1
+    time_scaling: float = 1000.0               # gamma is multiplied by this before it is coded
+    unet_dropout: float = 0.0                  # share of units left out in training
+
+
+class ResBlock(nn.Module):
+    """(B, in_dim, H, W) -> (B, dim, H, W): two convolutions; between them, the time embedding scales and shifts."""
+
+    def __init__(self, in_dim, dim, emb_dim, kernel, dropout):
+        super().__init__()
+        self.shortcut = nn.Conv2d(in_dim, dim, 1) if in_dim != dim else nn.Identity()
+        self.norm_0, self.conv_0 = group_norm(in_dim), SameConv2d(in_dim, dim, kernel)
+        self.emb_proj = nn.Linear(emb_dim, 2 * dim)
+        self.norm_1, self.dropout = group_norm(dim), nn.Dropout(dropout)
+        self.conv_1 = starts_at_zero(SameConv2d(dim, dim, kernel))
+
+    def forward(self, x, emb):
+        scale, shift = self.emb_proj(emb)[:, :, None, None].chunk(2, 1)        # (B, dim, 1, 1)
+        y = self.conv_0(F.silu(self.norm_0(x)))
+        y = self.conv_1(self.dropout(F.silu(self.norm_1(y) * (1 + scale) + shift)))
+        return (self.shortcut(x) + y) / math.sqrt(2)
+
+
+class PixelAttention(nn.Module):
+    """Pixels of a map (B, dim, H, W) attend to a sequence (B, S, context_dim), if there is one, then to each other."""
+
+    def __init__(self, dim, head_dim, context_dim=0):
+        super().__init__()
+        heads = dim // head_dim
+        if context_dim:
+            self.cross_norm, self.cross_att = nn.GroupNorm(32, dim), Attention(dim, heads, context_dim, heads * head_dim)
+        self.self_norm, self.self_att = nn.GroupNorm(32, dim), Attention(dim, heads, att_dim=heads * head_dim)
+
+    def forward(self, x, context=None):
+        if hasattr(self, "cross_att"):
+            x = self.attend(x, self.cross_norm, self.cross_att, context)
+        return self.attend(x, self.self_norm, self.self_att)
+
+    def attend(self, x, norm, att, context=None):
+        y = norm(x).flatten(2).transpose(1, 2)                                 # (B, H * W, dim)
+        y = att(y, att.project(y if context is None else context))
+        return (x + y.transpose(1, 2).reshape(x.shape)) / math.sqrt(2)
+
+
+class UNetStage(nn.Module):
+    """Blocks of one resolution. resize: none, down (halve, at the end) or up (double, at the end)."""
+
+    def __init__(self, c, height, in_dims, dim, kernel, resize):
+        super().__init__()
+        self.blocks = nn.ModuleList(ResBlock(d, dim, 4 * c.unet_dim, kernel, c.unet_dropout) for d in in_dims)
+        attends = len(in_dims) if height in c.attention_at else 0
+        self.attention = nn.ModuleList(PixelAttention(dim, c.head_dim, c.context_dim) for _ in range(attends))
+        self.conv_dn = SameConv2d(dim, dim, 3, 2) if resize == "down" else None
+        self.conv_up = SameConv2d(dim, dim, 3) if resize == "up" else None
+
+    def forward(self, x, emb, context, kept, keep):
+        """kept: list of maps for the way up. keep: whether this is the way down, that adds to it, or up, that takes."""
+        for i, block in enumerate(self.blocks):
+            x = block(x if keep else torch.cat([x, kept.pop()], 1), emb)
+            if keep:
+                kept.append(x)
+            if self.attention:
+                x = self.attention[i](x, context)
+        if self.conv_dn is not None:
+            x = self.conv_dn(x)
+            kept.append(x)
+        return x if self.conv_up is None else self.conv_up(F.interpolate(x, scale_factor=2.0))
+
+
+def depth_to_space(x, side):
+    """(B, side * side * C, H, W) -> (B, C, side * H, side * W). TensorFlow's order; pixel_shuffle's has C in front."""
+    return F.pixel_shuffle(x.unflatten(1, (side * side, -1)).transpose(1, 2).flatten(1, 2), side)
+
+
+class MapTransformer(nn.Module):
+    """Transformer over the patches of a map (B, in_dim, H, W), with the time as one more token."""
+
+    def __init__(self, c, in_dim, height, width):
+        super().__init__()
+        dim, self.side = c.transformer_dim, c.transformer_stride
+        self.norm_in, self.conv_in = group_norm(in_dim, like=dim), nn.Conv2d(in_dim, dim, self.side, self.side)
+        self.position = (nn.Identity() if c.transformer_position == "none" else
+                         Position(c.transformer_position, height // self.side, width // self.side, dim))
+        self.emb_proj = nn.Linear(4 * c.unet_dim, dim)
+        self.layers = nn.ModuleList(Layer(dim, 4 * dim, dim // c.head_dim, c.context_dim, dropout=c.unet_dropout)
+                                    for _ in range(c.transformer_layers))
+        self.norm_out, self.conv_out = group_norm(dim), nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x, emb, context):
+        x = self.conv_in(self.norm_in(x))
+        tokens = self.position(x.flatten(2).transpose(1, 2))                   # (B, N, dim)
+        tokens = run_layers(self.layers, torch.cat([tokens, self.emb_proj(emb)[:, None]], 1), context)[:, :-1]
+        x = tokens.transpose(1, 2).reshape(x.shape)
+        return depth_to_space(self.conv_out(self.norm_out(x)), self.side)
+
+
+class UNet(nn.Module):
+    """UNet for diffusion (Ho et al. 2006.11239), as in Bit Diffusion (2208.04202) and Pix2Seq-D (2210.06366)."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        levels, height, width = len(c.res_blocks), *(side // c.in_stride for side in c.sample_size)
+        kernels = c.kernel_sizes * levels if len(c.kernel_sizes) == 1 else c.kernel_sizes
+        coarsest = 2 ** (levels - 1) * (c.transformer_stride if c.transformer_layers else 1)
+        if c.self_cond not in ("none", "x", "eps", "auto"):
+            raise ValueError(f"unknown self_cond {c.self_cond!r}, expected 'none', 'x', 'eps' or 'auto'")
+        if not levels == len(c.multipliers) == len(kernels):
+            raise ValueError(f"res_blocks {c.res_blocks}, multipliers {c.multipliers}, kernel_sizes {kernels} differ in length")
+        if any(side % (c.in_stride * coarsest) for side in c.sample_size):
+            raise ValueError(f"sample_size {c.sample_size} is not a multiple of {c.in_stride * coarsest}")
+        if c.softmax_groups and c.channels % c.softmax_groups:
+            raise ValueError(f"channels {c.channels} is not a multiple of softmax_groups {c.softmax_groups}")
+
+        dim = c.unet_dim * c.multipliers[0]
+        self.time_emb = ScalarEmbedding(4 * c.unet_dim, c.time_scaling, c.num_classes)
+        inputs = c.channels * (1 if c.self_cond == "none" else 2) + c.cond_channels
+        self.conv_in = SameConv2d(inputs, dim, c.in_kernel, c.in_stride)
+        self.norm_in = group_norm(dim)
+        self.down, self.up, kept = nn.ModuleList(), nn.ModuleList(), [dim]     # kept: widths of the maps for the way up
+        stages = [(blocks, m * c.unet_dim, kernel, height >> i)
+                  for i, (blocks, m, kernel) in enumerate(zip(c.res_blocks, c.multipliers, kernels))]
+        for i, (blocks, new_dim, kernel, rows) in enumerate(stages):
+            resize = "down" if i < levels - 1 else "none"
+            self.down.append(UNetStage(c, rows, ([dim] + [new_dim] * blocks)[:blocks], new_dim, kernel, resize))
+            kept += [new_dim] * (blocks + (resize == "down"))
+            dim = new_dim
+        self.transformer = None
+        if c.transformer_layers:
+            self.transformer = MapTransformer(c, dim, height >> levels - 1, width >> levels - 1)
+            dim = c.transformer_dim // c.transformer_stride ** 2
+        for i, (blocks, new_dim, kernel, rows) in reversed(list(enumerate(stages))):
+            in_dims = [(new_dim if j else dim) + kept.pop() for j in range(blocks + 1)]
+            self.up.insert(0, UNetStage(c, rows, in_dims, new_dim, kernel, "up" if i else "none"))
+            dim = new_dim
+        self.norm_out = group_norm(dim, like=c.unet_dim)
+        outputs = 2 ** (c.channels // c.softmax_groups) * c.softmax_groups if c.softmax_groups else c.channels
+        self.conv_out = starts_at_zero(SameConv2d(dim, outputs * c.in_stride ** 2, 1 if c.softmax_groups else c.out_kernel))
+        for name, module in self.named_modules():
+            initialize(name, module)
+
+    def forward(self, x, gamma, cond=None, self_cond=None):
+        """A denoiser of diffusion.py.
+
+        x:         (B, channels, *sample_size)
+        gamma:     (B,) float, share of signal in x
+        cond:      None, or what the config says the network takes, a tuple if that is several of, in this order: labels
+                   (B,) int64, -1 for a dropped one, or float features (B, num_classes) in their place; a map (B,
+                   cond_channels, *sample_size); a sequence (B, S, context_dim). See `split_cond`
+        self_cond: the estimate of an earlier call, shaped like x; None is the same as zeros. Read if config.self_cond
+        Returns the prediction, shaped like x; with softmax_groups logits (B, softmax_groups * 2^bits, *sample_size), group by
+        group, of which diffusion.softmax_bits makes the expected analog bits.
+        """
+        c = self.config
+        labels, cond_map, context = split_cond(x, cond, labels=c.num_classes, map=c.cond_channels, sequence=c.context_dim)
+        emb = F.silu(self.time_emb(gamma, labels))                             # (B, 4 * unet_dim)
+        inputs = [x]
+        if c.self_cond != "none":
+            inputs.append(torch.zeros_like(x) if self_cond is None else self_cond)
+        if cond_map is not None:
+            inputs.append(cond_map)
+        x = self.norm_in(self.conv_in(torch.cat(inputs, 1)))
+        kept = [x]
+        for stage in self.down:
+            x = stage(x, emb, context, kept, keep=True)
+        if self.transformer is not None:
+            x = self.transformer(x, emb, context)
+        for stage in reversed(self.up):                                        # the first is the finest, as of `down`
+            x = stage(x, emb, context, kept, keep=False)
+        return depth_to_space(self.conv_out(F.silu(self.norm_out(x))), c.in_stride)
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # weights from elsewhere: their names and layouts -> ours, then another size -> the model's, then into the model
 
 RENAMES = [                                    # applied in order to a name of the reference's checkpoint
     (r"^model/", ""),
+    # RIN ("tape" is its interface); (?<![^/]) is the start of a part of the name
+    (r"(?<![^/])(read|read_cond|write)_units/(\d+)/dec_layers/0/", r"blocks/\2/\1/"),
+    (r"(?<![^/])latent_processing_units/(\d+)/enc_layers/", r"blocks/\1/process/"),
+    (r"(?<![^/])conv_units/(\d+)/", r"blocks/\1/conv/"),
+    (r"(?<![^/])(latent|tape)_prev_proj/", r"\1_prev/mlp/"), (r"(?<![^/])(latent|tape)_prev_ln/", r"\1_prev/norm/"),
+    (r"(?<![^/])\w+\.S(latent|tape)_pos_emb_res\.Skernel", r"\1_position/residual"),
+    (r"(?<![^/])\w+\.S(latent|tape)_pos_emb\.Skernel\.Svis_pos_embedding", r"\1_position/code"),
+    (r"(?<![^/])tape_", "interface_"), (r"(?<![^/])output_linear/", "output/"), (r"/enc_ln/", "/context_norm/"),
+    (r"(?<![^/])time_emb/dense_0/", "time_emb/fc1/"), (r"(?<![^/])time_emb/dense_1/", "time_emb/fc2/"),
+    # UNet
+    (r"(?<![^/])dn_units/", "down/"), (r"(?<![^/])up_units/", "up/"), (r"/resnet_blocks/", "/blocks/"),
+    (r"(?<![^/])group_norm_", "norm_"), (r"/trans_conv_(in|out)_norm/", r"/norm_\1/"), (r"/trans_conv_", "/conv_"),
+    (r"/shortcut_layer/", "/shortcut/"),
+    (r"/mh([cs])a_(block|norm)s/(\d+)/",
+     lambda m: f"/attention/{m[3]}/{dict(c='cross', s='self')[m[1]]}_{dict(block='att', norm='norm')[m[2]]}/"),
+    (r"(?<![^/])transformer_decoder/dec_layers/", "layers/"), (r"(?<![^/])transformer\.Svis_pos_embedding", "position/code"),
+    # Pix2Seq
     (r"transformer_encoder/enc_layers|(?<=decoder/)decoder/dec_layers", "layers"),
     (r"/mha_ln/", "/self_norm/"), (r"/mha/", "/self_att/"), (r"_(self|cross)_mha/", r"_\1_att/"),
     (r"/(self|cross)_ln/", r"/\1_norm/"), (r"/(self|cross)_mha/", r"/\1_att/"),
     (r"/_(query|key|value|output)_dense/", lambda m: f"/{dict(query='q', key='k', value='v', output='out')[m[1]]}/"),
     (r"mlp/mlp_layers/0/dense([12])/", r"mlp/fc\1/"), (r"mlp/layernorms/0/", "mlp/norm/"),
-    (r"/stem_(conv|projection)/", "/patch/"), (r"/stem_ln/", "/patch_norm/"), (r"/output_ln/", "/norm/"), (r"^proj_ln/", "proj_norm/"),
+    (r"(?<![^/])stem(_conv|_projection)?/", "patch/"), (r"(?<![^/])stem_ln/", "patch_norm/"), (r"(?<![^/])output_ln/", "norm/"),
+    (r"^proj_ln/", "proj_norm/"),
     (r"^encoder/(vit|rest)\.Svis_pos_embedding", "encoder/position/code"), (r"^proj\.Svis_pos_embedding", "proj_position/code"),
     (r"^encoder/(vit|rest)\.Scls_token_embedding", "encoder/cls"),
     (r"ar_decoder\.Sseq_pos_embedding", "position/code"), (r"ar_decoder\.S(inp_)?token_embedding", "embed"),
@@ -561,8 +1067,8 @@ RENAMES = [                                    # applied in order to a name of t
     (r"initial_conv_relu_max_pool/(\d)/bn/", lambda m: f"stem/{(int(m[1]) - 1) // 2}/norm/"),   # 2, or 1, 3, 6
     (r"/block_groups/(\d)/layers/", r"/stages/\1/"), (r"/projection_layers/\d/", "/shortcut/"),
     (r"/conv_relu_dropblock_layers/(\d)/", lambda m: f"/convs/{int(m[1]) // 3}/"),              # conv, norm, nothing
-    (r"/conv2d/", "/conv/"), (r"/bn/", "/norm/"), (r"/moving_mean$", "/running_mean"), (r"/moving_variance$", "/running_var"),
-    (r"/(kernel|gamma)$", "/weight"), (r"/beta$", "/bias"),
+    (r"/conv2d/", "/conv/"), (r"/[bg]n/", "/norm/"), (r"/moving_mean$", "/running_mean"), (r"/moving_variance$", "/running_var"),
+    (r"/(kernel|depthwise_kernel|gamma)$", "/weight"), (r"/beta$", "/bias"),
 ]
 
 
@@ -578,6 +1084,10 @@ def from_reference(weights):
             w = w.flatten(1).T if name.endswith("weight") else w.flatten()
         elif name.endswith("_att/out/weight"):                                 # heads x hs x D
             w = w.flatten(0, 1).T
+        elif re.search(r"(^|/)stem/kernel$", theirs):                          # (frames x) rows x cols x in x out of a patch
+            w = w.flatten(0, -2).T
+        elif theirs.endswith("/depthwise_kernel"):                             # kh x kw x channels x 1
+            w = w.permute(2, 3, 0, 1)
         elif theirs.endswith("/kernel"):                                       # in x out, or kh x kw x in x out
             w = w.permute(3, 2, 0, 1) if w.dim() == 4 else w.T
         name = name.replace("/", ".")
@@ -652,7 +1162,7 @@ def load_weights(model, weights, names=None):
     """Fill `model` with {our name: tensor}. Raises ValueError, and changes nothing, if any is missing, left over or of
     another shape, naming each: as `names` has it, {our name: name to report}, if given."""
     ours, weights, names = model.state_dict(), dict(weights), names or {}
-    shared = model.config.shared_embedding
+    shared = getattr(model.config, "shared_embedding", False)
     if shared and {"decoder.embed", "decoder.unembed"} <= set(weights) and torch.equal(weights["decoder.embed"], weights["decoder.unembed"]):
         del weights["decoder.unembed"]                 # a state dict of ours has the one matrix under both names
     wanted = {name for name in ours if not (name.endswith("num_batches_tracked") or shared and name == "decoder.unembed")}

@@ -14,7 +14,7 @@ import torch
 import diffusion
 import tokenizer
 import train
-from model import Pix2Seq, Pix2SeqConfig, filter_logits, load_reference_weights, token_loss
+from model import RIN, Pix2Seq, Pix2SeqConfig, RINConfig, UNet, UNetConfig, filter_logits, load_reference_weights, token_loss
 from tokenizer import Vocab
 
 FOLDER = os.environ.get("PARITY_DIR") or os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden")
@@ -142,6 +142,69 @@ def check_optim(g):
         g.check(key, torch.tensor(rates), tolerance=1e-4 * s["base_lr"])
 
 
+def channels_first(x):
+    return x.movedim(-1, 1)
+
+
+def rin_config(c, cond):
+    """The reference's option names -> ours. cond: the condition it is called with, whose width the configuration lacks."""
+    return RINConfig(
+        sample_size=(c["image_height"], c["image_width"]), channels=c["image_channels"],
+        frames=c.get("seq_len", 1) - c.get("seq_cond", 0), cond_frames=c.get("seq_cond", 0), frame_stride=c.get("seq_stride", 1),
+        num_classes=cond.shape[-1] if cond is not None and cond.dim() < 4 else 0, self_cond=c["self_cond"].replace("tape", "interface"),
+        interface_patch=c["patch_size"], interface_dim=c["tape_dim"], interface_mlp_ratio=c["tape_mlp_ratio"],
+        interface_position=c["tape_pos_encoding"], latents=c["latent_slots"], latent_dim=c["latent_dim"],
+        latent_mlp_ratio=c["latent_mlp_ratio"], latent_heads=c["latent_num_heads"], latent_position=c["latent_pos_encoding"],
+        latent_layers=tuple(int(n) for n in c["num_layers"].split(",")), rw_heads=c["rw_num_heads"],
+        rw_context_norm=c.get("xattn_enc_ln", False), conv_kernel=c.get("conv_kernel_size", 0),
+        conv_dropout=c.get("conv_drop_units", 0.0), time_scaling=c["time_scaling"], time_on_latents=c.get("time_on_latent", False),
+        cond_on_latents=c.get("cond_on_latent_n", 0), cond_dim=c.get("cond_dim", 0), cond_proj=c.get("cond_proj", True),
+        cond_writable=c.get("cond_tape_writable", False), cond_decoupled_read=c.get("cond_decoupled_read", False),
+        drop_path=c["drop_path"], dropout=c["drop_units"], att_dropout=c["drop_att"])
+
+
+def check_rin(g):
+    cond = g["in:cond"] if "in:cond" in g.npz else None
+    model = RIN(rin_config(g.config, cond)).eval()
+    load_reference_weights(model, g.weights)
+    cond = channels_first(cond) if cond is not None and cond.dim() == 5 else cond      # the known frames of a video
+    hidden = (g["in:latent_prev"], g["in:tape_prev"]) if "in:latent_prev" in g.npz else None
+    with torch.no_grad():
+        pred, (latents, interface) = model(channels_first(g["in:x"]), g["in:t"], cond, hidden)
+    g.check("out:x_out", pred.movedim(1, -1))
+    g.check("out:latent", latents)
+    g.check("out:tape", interface)
+
+
+def unet_config(c, g):
+    """The reference's option names -> ours. g: the case, for the widths that the configuration lacks."""
+    kernels = c.get("kernel_sizes", 3)
+    return UNetConfig(
+        sample_size=tuple(g["in:x"].shape[1:3]), channels=c["out_dim"], cond_channels=g["in:x"].shape[-1] - c["out_dim"],
+        num_classes=g["in:gamma"].shape[1] - 1 if g["in:gamma"].dim() == 2 else 0,
+        context_dim=g["in:cond"].shape[-1] if c["conditioning"] else 0, softmax_groups=c.get("outp_softmax_groups", 0),
+        unet_dim=c["dim"], multipliers=tuple(c["ch_multipliers"]), res_blocks=tuple(c["n_res_blocks"]),
+        kernel_sizes=(kernels,) if isinstance(kernels, int) else tuple(kernels),
+        attention_at=tuple(c["mhsa_resolutions"]), head_dim=c["per_head_dim"], transformer_layers=c["transformer_blocks"],
+        transformer_dim=c["transformer_dim"], transformer_stride=c["transformer_strides"],
+        transformer_position=c["pos_encoding"] or "none", in_stride=c["in_strides"], in_kernel=c.get("in_kernel_size", 3),
+        out_kernel=c.get("out_kernel_size", 3), time_scaling=c["time_scaling"], unet_dropout=c["dropout"])
+
+
+def check_unet(g):
+    c = unet_config(g.config, g)
+    model = UNet(c).eval()
+    load_reference_weights(model, g.weights)
+    x, gamma = channels_first(g["in:x"]), g["in:gamma"].view(len(g["in:x"]), -1)
+    parts = [(c.num_classes, gamma[:, 1:]), (c.cond_channels, x[:, c.channels:]), (c.context_dim, g["in:cond"])]
+    with torch.no_grad():
+        out = model(x[:, :c.channels], gamma[:, 0], tuple(part for taken, part in parts if taken))
+    if c.softmax_groups:
+        g.check("out:logits", out.unflatten(1, (c.softmax_groups, -1)).permute(0, 3, 4, 1, 2))
+        out = diffusion.softmax_bits(out, c.softmax_groups, g.config["b_scale"])
+    g.check("out:x_out", out.movedim(1, -1))
+
+
 def check_diffusion(g):
     for name in g.config["schedules"]:
         g.check(f"out:gamma/{name}", diffusion.gamma_schedule(name)(g["in:t"]))
@@ -179,7 +242,8 @@ def check_bits(g):
     g.check("out:vote_identity", ids)
 
 
-CHECKS = {"ar": check_pix2seq, "tokens": check_tokens, "optim": check_optim, "diffusion": check_diffusion, "bits": check_bits}
+CHECKS = {"ar": check_pix2seq, "tokens": check_tokens, "optim": check_optim, "rin": check_rin, "unet": check_unet,
+          "diffusion": check_diffusion, "bits": check_bits}
 
 
 def find_check(path):
