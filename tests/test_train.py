@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import data
 import train
 from sample import load_model, read_checkpoint
 from train import PRESETS, Config, UsageError, parse
@@ -75,7 +76,6 @@ def test_every_preset_shrunk_takes_a_step_and_evaluates(preset, tmp_path):
                     dec_layers=1, dec_dim=32, dec_mlp=64, dec_heads=2)
     options = dict(steps=1, batch_size=2, workers=0, max_objects=5, val_count=2, device="cpu", out=str(tmp_path / "run"), eval_images=0)
     if config.data == "coco":
-        import data
         data.export_shapes(str(tmp_path), 4, 64, 0, "jpg")
         options["data_dir"] = str(tmp_path)
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
