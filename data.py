@@ -2,8 +2,9 @@
 
 Two sources give the same record (see `Shapes.__getitem__`): *shapes*, an endless world of drawn scenes that needs no
 download, and *coco*, any dataset in COCO's format. Augmentation follows Pix2Seq (arXiv 2109.10852, section 2.4 and
-appendix B; 2206.07669 for instances and captions). A training stream is a pure function of (seed, position), so any number of workers, processes or
-restarts sees the same examples. Only uint8 pixels leave a worker; they become floats on the device.
+appendix B; 2206.07669 for instances and captions). A training stream is a pure function of (seed, position), so any
+number of workers, processes or restarts sees the same examples. Only uint8 pixels leave a worker; they become floats on
+the device.
 Left out: downloads. Every path is the user's.
 
     python data.py --sheet shapes.png                   # a look at the drawn world
@@ -148,7 +149,7 @@ class Shapes:
         if split not in SPLITS:
             raise DataError(f"unknown split {split!r}, expected one of {', '.join(SPLITS)}")
         self.split, self.size, self.max_things, self.seed = split, size, max_things, seed
-        self.count = count or (1 << 40 if split == "train" else 500)
+        self.count, self.drawn = count or (1 << 40 if split == "train" else 500), {}
         self.categories = [{"id": i + 1, "name": kind} for i, kind in enumerate(KINDS)]
         self.categories[KINDS.index("figure")] |= {"keypoints": list(JOINTS), "skeleton": SKELETON}
         self.label_of = {c["id"]: c["id"] for c in self.categories}
@@ -162,8 +163,12 @@ class Shapes:
         boxes: (N, 4) float32 yxyx   iscrowd: (N,) bool      polygons: a list of (P, 2) arrays an object
         keypoints: (N, K, 3) float32, y x visibility (0, 1 or 2)          captions: list of str
         """
-        rng = np.random.default_rng([self.seed, SPLITS[self.split], i])
-        return self.record(random_scene(rng, self.max_things), rng, i)
+        if i not in self.drawn:
+            if len(self.drawn) >= 512:                 # tasks that share a source ask for the same scenes
+                self.drawn.clear()
+            rng = np.random.default_rng([self.seed, SPLITS[self.split], i])
+            self.drawn[i] = self.record(random_scene(rng, self.max_things), rng, i)
+        return self.drawn[i]
 
     def record(self, things, rng, i):
         polygons = [[np.round(p * self.size, 2) for p in thing.polygons] for thing in things]
@@ -290,7 +295,7 @@ class Coco:
         truth.setdefault("categories", [])             # captions have none
         if not os.path.isdir(image_dir):
             raise DataError(f"{image_dir}: no such folder, expected the images of {json_path}")
-        self.images, self.annotations, self.categories = truth["images"], {}, truth["categories"]
+        self.images, self.annotations, self.categories, self.kept = truth["images"], {}, truth["categories"], {}
         self._check(truth, bad_boxes)
         self.label_of = assign_labels([c["id"] for c in self.categories], max_label, json_path)
 
@@ -346,9 +351,13 @@ class Coco:
         limit = np.array([image["height"], image["width"]] * 2, np.float32)
         joints = max([len(a.get("keypoints", ())) // 3 for a in boxed], default=0)
         keypoints = np.array([a.get("keypoints") or [0] * 3 * joints for a in boxed], np.float32).reshape(len(boxed), joints, 3)
+        pixels = self.kept.get(i)
+        if pixels is None:
+            pixels = load_image(os.path.join(self.image_dir, image["file_name"]), (image["height"], image["width"]))
+            if len(self.images) <= 200:                # a set this small is decoded once
+                self.kept[i] = pixels
         return {
-            "image": load_image(os.path.join(self.image_dir, image["file_name"]), (image["height"], image["width"])),
-            "image_id": image["id"],
+            "image": pixels, "image_id": image["id"],
             "labels": np.array([self.label_of[a["category_id"]] for a in boxed], np.int64),
             "boxes": np.stack([y, x, y + h, x + w], -1).clip(0, limit),
             "iscrowd": np.array([bool(a.get("iscrowd", 0)) for a in boxed], bool),
@@ -374,8 +383,10 @@ class Coco:
 
     def truth(self, task="det"):
         """The dataset as a dict in COCO's format, without what was left out. Every task has its own file."""
-        found = [dict(a, id=n + 1) if "caption" in a else dict(a, id=n + 1, iscrowd=a.get("iscrowd", 0), area=a.get("area", a["bbox"][2] * a["bbox"][3]))
-                 for n, a in enumerate(a for image in self.images for a in self.annotations.get(image["id"], []))]
+        found = [dict(a, id=n + 1) for n, a in enumerate(a for image in self.images for a in self.annotations.get(image["id"], []))]
+        for a in found:
+            if "bbox" in a:                            # pycocotools needs both
+                a.update(iscrowd=a.get("iscrowd", 0), area=a.get("area", a["bbox"][2] * a["bbox"][3]))
         return {"images": self.images, "annotations": found, "categories": self.categories}
 
 

@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 import data
 import tokenizer
-from sample import add_checkpoint_arguments, add_joints, checkpoint_arguments, find_checkpoint, load_model, look, make_pieces, make_vocab, mask_of, objects_in_image, pick_device, pick_tasks, to_rle
+from sample import (add_checkpoint_arguments, add_joints, checkpoint_arguments, find_checkpoint, is_reference, load_model, look,
+                    make_pieces, make_vocab, mask_of, objects_in_image, pick_device, pick_tasks, to_rle, true_boxes)
 
 # ---------------------------------------------------------------------------------------------------------------
 # boxes, masks, joints
@@ -183,12 +184,6 @@ def caption_scores(candidates, references, library=None):
 # ---------------------------------------------------------------------------------------------------------------
 # predictions for a dataset
 
-def true_boxes(record, category_of):
-    """A record's objects, without crowds, as if detected with certainty."""
-    return [{"category_id": category_of[label], "bbox": [x0, y0, x1 - x0, y1 - y0], "score": 1.0}
-            for label, (y0, x0, y1, x1), crowd in zip(record["labels"].tolist(), record["boxes"].tolist(), record["iscrowd"]) if not crowd]
-
-
 def truth_as_prediction(record, c, tasks, category_of):
     """What `look` would return about a record's image if every token of the truth were predicted with certainty."""
     vocab, found, image = make_vocab(c), {}, record["image"]
@@ -210,13 +205,16 @@ def truth_as_prediction(record, c, tasks, category_of):
             thing["segmentation"] = to_rle(mask_of(view, row, image.size))
     if "kpt" in tasks:
         for thing, i in zip(found["objects"], real):
+            if not record["keypoints"][i, :, 2].any():
+                continue                               # the truth does not know this one's joints
             crop = data.eval_view(data.around_box(image, record["boxes"][i], c.crop_margin), c.model.image_size)
             points = torch.from_numpy(data.joint_points(crop, record["keypoints"][i]))[None]
             tokens = tokenizer.encode_points(points, labels[0, :1], vocab)
             add_joints(thing, crop, tokenizer.decode_points(tokens, vocab)[0].numpy(), 1.0)
     if "cap" in tasks:
         texts, pieces = record["captions"][:1] or [""], make_pieces(c)
-        found["caption"] = tokenizer.decode_captions(tokenizer.encode_captions(texts, vocab, pieces, c.caption_length).targets, vocab, pieces)[0]
+        tokens = tokenizer.encode_captions(texts, vocab, pieces, c.caption_length).targets
+        found["caption"] = tokenizer.decode_captions(tokens, vocab, pieces)[0]
     return found
 
 
@@ -374,7 +372,7 @@ def main():
         if args.watch:
             watch(args, device)
         else:
-            run(args.ckpt if args.ckpt and not os.path.exists(args.ckpt) or args.ckpt and os.path.exists(f'{args.ckpt}/checkpoint') else find_checkpoint(args.ckpt), args, device)
+            run(args.ckpt if is_reference(args.ckpt) else find_checkpoint(args.ckpt), args, device)
     except (FileNotFoundError, ImportError, RuntimeError, ValueError) as e:
         sys.exit(f"error: {e}")
     finally:

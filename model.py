@@ -348,8 +348,8 @@ class Pix2SeqConfig:
 
 
 SIZES = {
-    "vit_tiny": Pix2SeqConfig(patch_size=16, enc_layers=6, enc_dim=192, enc_mlp=768, enc_heads=6,
-                              dec_layers=3, dec_dim=192, dec_mlp=768, dec_heads=6),
+    "vit_tiny": Pix2SeqConfig(patch_size=32, enc_layers=4, enc_dim=128, enc_mlp=512, enc_heads=4,
+                              dec_layers=2, dec_dim=128, dec_mlp=512, dec_heads=4),
     "resnet50": Pix2SeqConfig(encoder="resnet", enc_layers=6, enc_dim=256, enc_mlp=1024, enc_heads=8,
                               dec_layers=6, dec_dim=256, dec_mlp=1024, dec_heads=8),
     "resnet50_c4": Pix2SeqConfig(encoder="resnet", resnet_variant="c4", enc_layers=12, enc_dim=512, enc_mlp=2048, enc_heads=16,

@@ -58,12 +58,15 @@ def read_checkpoint(path, device="cpu"):
         raise ValueError(f"{path}: not a whole checkpoint of train.py ({type(e).__name__}: {str(e).splitlines()[0]})") from e
 
 
+def is_reference(path):
+    """Whether a path is a TensorFlow checkpoint of the reference: its folder, or DIR/ckpt-N."""
+    return bool(path) and (os.path.exists(f"{path}.index") or os.path.exists(os.path.join(path, "checkpoint")))
+
+
 def read_weights(path, **known):
-    """A checkpoint of train.py (file or folder), or of the reference (folder or DIR/ckpt-N) -> the dict of `read_checkpoint`.
+    """A checkpoint of train.py (file or folder) or of the reference -> the dict of `read_checkpoint`.
     known: what a checkpoint of the reference does not tell, see `model.reference_checkpoint`."""
-    if path and (os.path.exists(f"{path}.index") or os.path.exists(os.path.join(path, "checkpoint"))):
-        return reference_checkpoint(path, **known)
-    return read_checkpoint(find_checkpoint(path))
+    return reference_checkpoint(path, **known) if is_reference(path) else read_checkpoint(find_checkpoint(path))
 
 
 def load_model(path, device, **known):
@@ -163,6 +166,12 @@ def objects_in_image(view, labels, boxes, scores, category_of):
         if score > 0 and label in category_of and y1 > y0 and x1 > x0:
             objects.append({"category_id": category_of[label], "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score})
     return objects
+
+
+def true_boxes(record, category_of):
+    """A record's objects, without crowds, as if detected with certainty."""
+    return [{"category_id": category_of[label], "bbox": [x0, y0, x1 - x0, y1 - y0], "score": 1.0}
+            for label, (y0, x0, y1, x1), crowd in zip(record["labels"].tolist(), record["boxes"].tolist(), record["iscrowd"]) if not crowd]
 
 
 def told_boxes(views, objects, c, device):
@@ -341,6 +350,8 @@ def main():
     parser.add_argument("--min_score", type=float, default=0.3, help="leave out objects below this score")
     parser.add_argument("--temperature", type=float, help="of sampling (default: as trained; 0 for the likeliest tokens)")
     parser.add_argument("--top_p", type=float, help="nucleus of sampling boxes (default: as trained)")
+    parser.add_argument("--boxes", nargs="+", metavar="X,Y,W,H,NAME", help="what to segment and to find the joints of, in pixels (default: what "
+                        "the model detects; for one that does not, the true boxes of held-out items)")
     parser.add_argument("--attention", action="store_true", help="also draw where the tokens of each object looked")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument("--device", default="auto")
@@ -355,16 +366,21 @@ def main():
             if getattr(args, key) is not None:
                 setattr(c, key, getattr(args, key))
         if args.images:
-            inputs = [(name, data.load_image(name)) for name in args.images]
+            inputs = [(name, data.load_image(name), None) for name in args.images]
         else:
-            source = data.make_source(c, "val")
+            source = data.make_source(c, "val", tasks[0])
             records = [source[i] for i in range(min(args.count, len(source)))]
-            inputs = [(f"val_{r['image_id']}", r["image"]) for r in records]
+            truth = {label: i for i, label in source.label_of.items()}
+            inputs = [(f"val_{r['image_id']}", r["image"], None if "det" in c.tasks else true_boxes(r, truth)) for r in records]
+        told = [read_box(text, c) for text in args.boxes] if args.boxes else None
         generator = torch.Generator(device).manual_seed(args.seed)
         os.makedirs(args.out, exist_ok=True)
         pictures, report = [], []
-        for name, image in inputs:
-            found = look(model, [image], c, tasks, generator=generator)[0]
+        for name, image, boxes in inputs:
+            boxes = told or boxes
+            if boxes is None and "det" not in c.tasks and set(tasks) & {"seg", "kpt"}:
+                raise ValueError("this model does not detect: say what to look at with --boxes=X,Y,W,H,NAME")
+            found = look(model, [image], c, tasks, None if boxes is None else [boxes], generator)[0]
             pictures.append(draw(image, found, c, args.min_score))
             target = os.path.join(args.out, os.path.splitext(os.path.basename(name))[0] + ".png")
             pictures[-1].save(target)
@@ -389,6 +405,17 @@ def pick_tasks(text, c):
         if task not in trained:
             raise ValueError(f"--task={text}: this model knows {', '.join(trained)}")
     return tasks
+
+
+def read_box(text, c):
+    """X,Y,W,H,NAME -> an object as of `look`. ValueError, naming the classes, if it is none."""
+    *numbers, name = text.split(",")
+    ids = {category["name"]: category["id"] for category in c.categories}
+    try:
+        x, y, w, h = map(float, numbers)
+        return {"category_id": ids[name], "bbox": [x, y, w, h], "score": 1.0}
+    except (ValueError, KeyError):
+        raise ValueError(f"--boxes {text}: expected X,Y,W,H,NAME, the name one of {', '.join(ids)}") from None
 
 
 def rounded(value):

@@ -204,9 +204,19 @@ def test_sample_takes_held_out_items_and_repeats_itself(checkpoint, tmp_path):
 
 
 def test_sample_shows_where_the_tokens_of_an_object_looked(checkpoint, tmp_path):
-    script("sample.py", f"--ckpt={checkpoint}", "--count=1", "--task=det", "--attention", "--min_score=0", cwd=tmp_path)
+    script("sample.py", f"--ckpt={checkpoint}", "--count=5", "--task=det", "--attention", "--min_score=0", cwd=tmp_path)
     pictures = [name for name in os.listdir(tmp_path / "samples") if "attention" in name]
     assert pictures and Image.open(tmp_path / "samples" / pictures[0]).size[0] > 300
+
+
+def test_sample_looks_at_the_boxes_it_is_told(checkpoint, tmp_path):
+    Image.new("RGB", (90, 80), "green").save(tmp_path / "a.png")
+    done = script("sample.py", "a.png", f"--ckpt={checkpoint}", "--task=seg,kpt", "--boxes", "10,10,30,40,figure", "5,5,20,20,circle", cwd=tmp_path)
+    objects = json.loads(done.stdout)[0]["objects"]
+    assert [o["name"] for o in objects] == ["figure", "circle"] and all("segmentation" in o for o in objects)
+    assert len(objects[0]["keypoints"]) == 15 and "keypoints" not in objects[1]
+    done = script("sample.py", "a.png", f"--ckpt={checkpoint}", "--boxes", "1,2,3,dog", cwd=tmp_path, check=False)
+    assert "expected X,Y,W,H,NAME, the name one of circle" in done.stderr
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -72,9 +72,10 @@ def test_every_field_has_its_meaning_in_the_help():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_shrunk_takes_a_step_and_evaluates(preset, tmp_path):
     config = PRESETS[preset].config
-    small = replace(config.model, image_size=(64, 64), patch_size=16, enc_layers=1, enc_dim=32, enc_mlp=64, enc_heads=2,
+    small = replace(config.model, image_size=(64, 64), patch_size=16, resnet_width=0.125, enc_layers=1, enc_dim=32, enc_mlp=64, enc_heads=2,
                     dec_layers=1, dec_dim=32, dec_mlp=64, dec_heads=2)
-    options = dict(steps=1, batch_size=2, workers=0, max_objects=5, val_count=2, device="cpu", out=str(tmp_path / "run"), eval_images=0)
+    options = dict(steps=1, batch_size=2, workers=0, max_objects=5, max_points=12, seg_samples=1, caption_length=20, val_count=2, device="cpu",
+                   out=str(tmp_path / "run"), eval_images=0)
     if config.data == "coco":
         data.export_shapes(str(tmp_path), 4, 64, 0, "jpg")
         options["data_dir"] = str(tmp_path)
@@ -236,6 +237,27 @@ def test_two_processes_give_the_result_of_one(tmp_path):
         assert worst < 1e-5, f"{other}: weights differ by {worst}"
         assert losses(tmp_path / other) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
         assert found["best"] == pytest.approx(one["best"], abs=1e-6)
+
+
+def test_a_finetune_to_other_classes_is_refused_until_adapt_says_it_is_meant(finished, tmp_path):
+    data.export_shapes(str(tmp_path), 6, 64, 0, "jpg")
+    for split in ("train", "val"):
+        path = tmp_path / f"annotations/instances_{split}2017.json"
+        truth = json.loads(path.read_text())
+        new = {1: (0, "circle"), 2: (7, "box"), 3: (9001, "wedge"), 4: (12, "person")}
+        for k in truth["categories"]:
+            k["id"], k["name"] = new[k["id"]]
+        for a in truth["annotations"]:
+            a["category_id"] = new[a["category_id"]][0]
+        path.write_text(json.dumps(truth))
+    command = [*SMALL, "--data=coco", f"--data_dir={tmp_path}", f"--init_from={finished[0]}", f"--out={tmp_path / 'run'}", "--coord_shift=120", "--text_shift=184",
+               "--vocab_size=442", "--image_size=96"]
+    refused = run(*command, check=False)
+    assert refused.returncode == 1 and "has other classes" in refused.stderr and not os.path.exists(tmp_path / "run/last.pt"), refused.stderr
+    output = run(*command, "--adapt").stdout
+    assert "adapted: decoder.embed: vocabulary of 432, the model has 442" in output and "classes are others there" in output, output
+    _, c = load_model(str(tmp_path / "run/best.pt"), torch.device("cpu"))
+    assert [(k["id"], k["label"]) for k in c.categories] == [(0, 1), (7, 7), (9001, 2), (12, 12)]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
