@@ -160,17 +160,19 @@ NOT_RUN = "not run here"
 
 def presets():
     """{name: Preset}. Every recipe stands here, beside what it gave."""
-    yield "det_shapes", Preset(SHAPES, "boxes of drawn shapes, 64 px", "2 CPU cores", NOT_RUN)
+    yield "det_shapes", Preset(SHAPES, "boxes of drawn shapes, 64 px", "2 CPU cores", "measured on 2 CPU cores: AP50 0.90, AP 0.64 after 5.5 minutes")
     for task, about in (("seg", "outlines"), ("kpt", "joints of the figures"), ("cap", "captions")):
         yield f"{task}_shapes", Preset(replace(SHAPES, tasks=task), f"{about} of drawn shapes, 64 px", "2 CPU cores", NOT_RUN)
     yield "multi_shapes", Preset(
         # Boxes are the hardest to learn, and the others look where boxes taught the network to look.
         replace(SHAPES, tasks="det,seg,kpt,cap", task_batches="32,8,12,8", task_weights="2,0.5,1,0.5", max_instances=1, captions_per_image=1,
                 seg_samples=4, steps=5000, eval_every=0),
-        "all four tasks at once on drawn shapes, 64 px", "2 CPU cores", NOT_RUN)
+        "all four tasks at once on drawn shapes, 64 px", "2 CPU cores",
+        "measured on 2 CPU cores: AP50 of boxes 0.81, masks 0.66, joints 0.35, captions exactly right 0.07 after 14 minutes")
     tiny = Config(replace(SIZES["vit_tiny"], image_size=(256, 256), drop_path=0.0, dropout=0.0), data="coco", bad_boxes="drop", max_objects=30,
                   scale_min=1.0, scale_max=1.0, flip=False, workers=0, steps=4200, warmup_steps=400, lr=1e-3, beta2=0.999, batch_size=16, eval_every=2100)
-    yield "det_coco_tiny", Preset(tiny, "boxes with a small ViT, 256 px, to learn a few images by heart", "2 CPU cores", NOT_RUN)
+    yield "det_coco_tiny", Preset(tiny, "boxes with a small ViT, 256 px, to learn a few images by heart", "2 CPU cores",
+                                  "measured on 2 CPU cores: AP50 0.78 on 50 training images after 9 minutes, half of its steps")
     yield "multi_coco_tiny", Preset(
         replace(tiny, model=replace(tiny.model, vocab_size=3000 + 258), tasks="det,seg,kpt,cap", max_instances=3, captions_per_image=2, batch_size=4),
         "all four tasks with a small ViT, 256 px", "2 CPU cores", NOT_RUN)
