@@ -13,6 +13,7 @@ Left out: downloads. Every path is the user's.
 import argparse
 import json
 import os
+import signal
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
@@ -739,11 +740,17 @@ class Positions:
                 yield list(range(first, (step + 1) * self.batch, self.world * self.parts))
 
 
+def ignore_interrupts(worker):
+    """Ctrl-C reaches every process of a terminal; only the main one answers it, by saving."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def make_loader(dataset, batch_sampler, collate_fn, workers, pin=False):
     """DataLoader over whole batches of a map-style dataset. Its own generator keeps it from drawing on the global one,
     which would make a resumed run differ."""
     return DataLoader(dataset, batch_sampler=batch_sampler, collate_fn=collate_fn, num_workers=workers, pin_memory=pin,
-                      prefetch_factor=4 if workers else None, generator=torch.Generator().manual_seed(0))
+                      prefetch_factor=4 if workers else None, worker_init_fn=ignore_interrupts,
+                      generator=torch.Generator().manual_seed(0))
 
 
 def to_images(pixels, sizes, device):

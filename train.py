@@ -611,12 +611,13 @@ def train(run):
         signal.signal(number, lambda number, frame: asked.append(number))
     batches = {task: iter(run.loader(task, start, c.steps)) for task in run.tasks}
     bar = tqdm(total=c.steps, initial=start, disable=run.rank > 0 or not sys.stderr.isatty(), dynamic_ncols=True)
-    skipped, began, images, stop_seen, metrics = set(), time.time(), 0, None, None
+    skipped, began, images, metrics = set(), time.time(), 0, None
     run.model.train()
     step = start
     while True:
         done = step == c.steps
-        stopping = bool(asked) if run.world == 1 else stop_seen is not None and stop_seen.item() > 0
+        # Processes must agree to stop, and reading what they agreed on waits for the device: not at every step.
+        stopping = bool(asked) if run.world == 1 else step > start and step % 8 == 0 and stop.item() > 0
         if step > start and (done or stopping or step % c.save_every == 0 or (c.eval_every and step % c.eval_every == 0)):
             if not losses.isfinite().all():
                 raise FloatingPointError(f"the loss is {named(losses)} at step {step}; {c.out}/last.pt is from before it")
@@ -638,9 +639,8 @@ def train(run):
         for message in {m for task in run.tasks for part in parts[task] for m in part["skipped"]} - skipped:
             skipped.add(message)
             run.say(f"warning: left out, {len(skipped)} so far: {message}")
-        losses, norm, stop_next = run.step(parts, step, bool(asked))
-        # Read the flag one step late: by then the device has long computed it.
-        stop_seen, step, images = stop_next, step + 1, images + run.images
+        losses, norm, stop = run.step(parts, step, bool(asked))
+        step, images = step + 1, images + run.images
         bar.update()
         if step % c.log_every == 0 or run.device.type == "cpu" and not losses.isfinite().all():
             if not losses.isfinite().all():
