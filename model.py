@@ -344,7 +344,7 @@ class Pix2SeqConfig:
     drop_path: float = 0.1                     # share of residual branches left out in training
     dropout: float = 0.1                       # share of MLP units left out in training
     att_dropout: float = 0.0                   # share of attention weights left out in training
-    checkpointing: bool = False                # recompute activations in the backward pass: less memory, 4/3 the time
+    checkpointing: bool = False                # recompute activations in the backward pass: less memory, more time
 
 
 SIZES = {
@@ -665,7 +665,7 @@ class RINConfig:
     drop_path: float = 0.1                     # share of residual branches left out in training
     dropout: float = 0.1                       # share of MLP units left out in training
     att_dropout: float = 0.0                   # share of attention weights left out in training
-    checkpointing: bool = False                # recompute activations in the backward pass: less memory, 4/3 the time
+    checkpointing: bool = False                # recompute activations in the backward pass: less memory, more time
 
 
 class WarmStart(nn.Module):
