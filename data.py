@@ -2,20 +2,29 @@
 
 Two sources give the same record (see `Shapes.__getitem__`): *shapes*, an endless world of drawn scenes that needs no
 download, and *coco*, any dataset in COCO's format. Augmentation follows Pix2Seq (arXiv 2109.10852, section 2.4 and
-appendix B; 2206.07669 for instances and captions). A training stream is a pure function of (seed, position), so any
-number of workers, processes or restarts sees the same examples. Only uint8 pixels leave a worker; they become floats on
-the device.
-Left out: downloads. Every path is the user's.
+appendix B; 2206.07669 for instances and captions). Generation has smaller records (see `ShapeClips.__getitem__`), of
+*shapes*, one thing at rest or in motion, *mnist*, *cifar10*, and *images* and *videos*, folders of the user's.
+A training stream is a pure function of (seed, position), so any number of workers, processes or restarts sees the same
+examples. Only uint8 pixels leave a worker; they become floats on the device.
+Left out: downloads, every path is the user's; video files, a video is a folder of its frames; random crops in generation.
 
     python data.py --sheet shapes.png                   # a look at the drawn world
+    python data.py --clips shapes.gif                   # and at what moves in it
     python data.py --export DIR --count 1000            # write it as a COCO dataset, then: train.py --data=coco --data_dir=DIR
 """
 import argparse
+import codecs
+import gzip
+import io
+import itertools
 import json
+import math
 import os
+import pickle
 import signal
 import warnings
-from dataclasses import dataclass
+import zlib
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -87,15 +96,20 @@ class Thing:
         return self.y - self.radius, self.x - self.radius, self.y + self.radius, self.x + self.radius
 
 
+def random_thing(rng, kind, color, smallest, largest):
+    """A thing whose radius is in this range, fully inside the image."""
+    radius = rng.uniform(smallest, largest)
+    y, x = rng.uniform(radius + 0.01, 0.99 - radius, 2)
+    return Thing(kind, color, y, x, radius, rng.random((4, 2)))
+
+
 def random_scene(rng, max_things):
     """1 to max_things things, fully inside the image, the squares around no two of which overlap by more than a tenth (IoU)."""
     things = []
     for _ in range(rng.integers(1, max_things + 1)):
         kind, color = KINDS[rng.integers(len(KINDS))], list(COLORS)[rng.integers(len(COLORS))]
         for _ in range(10):
-            radius = rng.uniform(0.14, 0.26)
-            y, x = rng.uniform(radius + 0.01, 0.99 - radius, 2)
-            thing = Thing(kind, color, y, x, radius, rng.random((4, 2)))
+            thing = random_thing(rng, kind, color, 0.14, 0.26)
             if all(box_iou(thing.square(), other.square()) < 0.1 for other in things):
                 things.append(thing)
                 break
@@ -127,19 +141,28 @@ def draw_scene(things, background):
 
 
 def describe(things):
-    """Every true sentence about two things, "a red circle above a blue square"; about one if there is no other."""
+    """A sentence about every two things, "a red circle above a blue square", by the direction in which they are further apart, and
+    its inverse, "a blue square below a red circle"; if there is only one, its name."""
     name = lambda thing: f"a {thing.color} {thing.kind}"
     if len(things) == 1:
         return [name(things[0])]
-    near = 0.05                                        # closer than this along an axis, neither is above or left of the other
     sentences = []
-    for a in things:
-        for b in things:
-            if a.y < b.y - near:
-                sentences += [f"{name(a)} above {name(b)}", f"{name(b)} below {name(a)}"]
-            if a.x < b.x - near:
-                sentences += [f"{name(a)} left of {name(b)}", f"{name(b)} right of {name(a)}"]
-    return sorted(set(sentences)) or [name(things[0])]
+    for a, b in itertools.permutations(things, 2):
+        y, x = b.y - a.y, b.x - a.x
+        where = ("above" if y > 0 else "below") if abs(y) > abs(x) else "left of" if x > 0 else "right of"
+        sentences.append(f"{name(a)} {where} {name(b)}")
+    return sorted(set(sentences))
+
+
+def check_split(split):
+    if split not in SPLITS:
+        raise DataError(f"unknown split {split!r}, expected one of {', '.join(SPLITS)}")
+
+
+def drawn_count(split, count):
+    """How many drawn items a split has, if not `count`: so many for training that none is seen twice."""
+    check_split(split)
+    return count or (1 << 40 if split == "train" else 500)
 
 
 class Shapes:
@@ -147,10 +170,8 @@ class Shapes:
     endless = True                                     # items need no shuffling: any run of them is a fresh sample
 
     def __init__(self, split, size=64, max_things=4, seed=0, count=None):
-        if split not in SPLITS:
-            raise DataError(f"unknown split {split!r}, expected one of {', '.join(SPLITS)}")
         self.split, self.size, self.max_things, self.seed = split, size, max_things, seed
-        self.count, self.drawn = count or (1 << 40 if split == "train" else 500), {}
+        self.count, self.drawn = drawn_count(split, count), {}
         self.categories = [{"id": i + 1, "name": kind} for i, kind in enumerate(KINDS)]
         self.categories[KINDS.index("figure")] |= {"keypoints": list(JOINTS), "skeleton": SKELETON}
         self.label_of = {c["id"]: c["id"] for c in self.categories}
@@ -220,6 +241,31 @@ class Shapes:
             annotation["id"] = n + 1
         categories = [c for c in self.categories if task != "kpt" or "keypoints" in c]
         return {"images": images, "annotations": annotations, "categories": categories}
+
+
+class ShapeClips:
+    """One drawn thing, at rest in an image or moving through a clip. Item i of a split is a pure function of (seed, split, i)."""
+    endless, classes = True, list(KINDS)
+
+    def __init__(self, split, size=32, frames=1, seed=0, count=None):
+        self.split, self.size, self.frames, self.seed, self.count = split, size, frames, seed, drawn_count(split, count)
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        """Record i for generation, a dict, as every source for it gives:
+        pixels: uint8 (H, W, C), of a clip (T, H, W, C), C is 1 or 3          label: int, index in the source's classes; -1 unknown
+        """
+        rng = np.random.default_rng([self.seed, SPLITS[self.split], i, 2])       # 2: not the scenes of Shapes
+        label, color = int(rng.integers(len(KINDS))), list(COLORS)[rng.integers(len(COLORS))]
+        thing, background = random_thing(rng, KINDS[label], color, 0.22, 0.36), random_background(rng, self.size)
+        turn, speed = rng.uniform(0, 2 * np.pi), rng.uniform(0.03, 0.08)
+        path = (thing.y, thing.x) + speed * np.arange(self.frames)[:, None] * (np.sin(turn), np.cos(turn))
+        low, room = thing.radius + 0.01, 0.98 - 2 * thing.radius                # a straight line, folded at both ends of the room
+        path = low + room - np.abs((path - low) % (2 * room) - room)            # (T, 2) yx
+        pixels = np.stack([np.asarray(draw_scene([replace(thing, y=y, x=x)], background)) for y, x in path])
+        return {"pixels": pixels if self.frames > 1 else pixels[0], "label": label}
 
 
 def polygon_area(points):
@@ -425,6 +471,231 @@ def assign_labels(ids, max_label, where):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# images and clips to generate: files of the user's
+
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+IMAGE_KINDS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
+LAYOUTS = {                                            # what the user puts into data_dir
+    "mnist": "MNIST's files train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte, maybe .gz",
+    "cifar10": "the CIFAR-10 binary version (data_batch_1.bin to data_batch_5.bin and test_batch.bin) or python version (the same without .bin)",
+    "images": f"images ({' '.join(IMAGE_KINDS)}), or a folder of them for each class; either may be divided into train/ and val/",
+    "videos": "a folder of frames (image files) for each video, maybe in a folder for each class; either may be divided into train/ and val/",
+}
+
+
+class PixelArrays:
+    """Images in memory: pixels (N, H, W, C) uint8, labels (N,). Records as of `ShapeClips`. DataError, naming `where`, if they do not fit."""
+    endless = False
+
+    def __init__(self, pixels, labels, classes, where="images in memory"):
+        if len(pixels) != len(labels):
+            raise DataError(f"{where}: {len(pixels)} images, but {len(labels)} labels")
+        if len(labels) and not -1 <= min(labels) <= max(labels) < len(classes):
+            raise DataError(f"{where}: labels from {min(labels)} to {max(labels)}, expected less than {len(classes)}")
+        self.pixels, self.labels, self.classes = pixels, labels, list(classes)
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def __getitem__(self, i):
+        return {"pixels": self.pixels[i], "label": int(self.labels[i])}
+
+
+def held_out(count, split, every):
+    """Which of `count` things are a split's: every `every`-th is held out, beginning with the first, but never the only one."""
+    is_val = (np.arange(count) % every == 0) & (count > 1)
+    return np.flatnonzero(is_val == (split == "val"))
+
+
+def read_bytes(path):
+    """What a file holds, unpacked if it is a .gz. DataError, naming it, if it cannot be read."""
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as f:
+            return f.read()
+    except (OSError, EOFError, zlib.error) as e:
+        raise DataError(f"{path}: cannot be read ({e})") from e
+
+
+def load_mnist(folder, split):
+    """MNIST, or data in its format -> PixelArrays of (28, 28, 1). val is the t10k part; if no other is there, every tenth image of it
+    is val and the others are train. DataError names the file and what was expected."""
+    check_split(split)
+    kinds = ("images-idx3-ubyte", "labels-idx1-ubyte")
+    paths = {part: [find_file(folder, f"{part}-{kind}", f"{part}-{kind.replace('-idx', '.idx')}") for kind in kinds] for part in ("train", "t10k")}
+    shared = not any(paths["train"])
+    images, labels = paths["t10k" if shared or split == "val" else "train"]
+    if not (images and labels):
+        raise DataError(f"{folder}: no images or no labels for {split}, expected {LAYOUTS['mnist']}")
+    source = PixelArrays(read_idx(images, 3)[..., None], read_idx(labels, 1), "0123456789", f"{images}, {labels}")
+    rows = held_out(len(source), split, 10) if shared else slice(None)
+    return PixelArrays(source.pixels[rows], source.labels[rows], source.classes)
+
+
+def find_file(folder, *names):
+    """The path of the first of these names that is there, maybe with .gz, or None."""
+    paths = [os.path.join(folder, name + ending) for name in names for ending in ("", ".gz")]
+    return next(filter(os.path.isfile, paths), None)
+
+
+def read_idx(path, dims):
+    """An idx file of bytes -> uint8 array of `dims` dimensions."""
+    content, magic = read_bytes(path), bytes([0, 0, 8, dims])
+    if content[:4] != magic:
+        raise DataError(f"{path}: begins with {content[:4].hex()}, expected {magic.hex()}, an idx file of bytes in {dims} dimensions")
+    shape = [int.from_bytes(content[at:at + 4], "big") for at in range(4, 4 + 4 * dims, 4)]
+    if len(content) != (expected := 4 + 4 * dims + math.prod(shape)):
+        raise DataError(f"{path}: {len(content)} bytes, expected {expected} for {' x '.join(map(str, shape))}")
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(shape)
+
+
+def load_cifar10(folder, split):
+    """CIFAR-10 -> PixelArrays of (32, 32, 3): the binary or the python version, in the folder or in the one of its archive in there.
+    DataError names the file and what was expected."""
+    check_split(split)
+    names = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
+    for place in (folder, os.path.join(folder, "cifar-10-batches-bin"), os.path.join(folder, "cifar-10-batches-py")):
+        for ending, read in ((".bin", read_cifar_binary), ("", read_cifar_pickle)):
+            paths = [os.path.join(place, name + ending) for name in names]
+            if any(map(os.path.exists, paths)):
+                parts = [PixelArrays(*read(path), CIFAR10_CLASSES, path) for path in paths]
+                pixels, labels = np.concatenate([p.pixels for p in parts]), np.concatenate([p.labels for p in parts])
+                return PixelArrays(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels, CIFAR10_CLASSES)
+    raise DataError(f"{folder}: no {names[0]}.bin or {names[0]}, expected {LAYOUTS['cifar10']}")
+
+
+def read_cifar_binary(path):
+    """-> (N, 3072) uint8, red before green before blue, and labels (N,)."""
+    content = np.frombuffer(read_bytes(path), np.uint8)
+    if not len(content) or len(content) % 3073:
+        raise DataError(f"{path}: {len(content)} bytes, expected 3073 for each image, as in the CIFAR-10 binary version")
+    rows = content.reshape(-1, 3073)
+    return rows[:, 1:], rows[:, 0]
+
+
+def read_cifar_pickle(path):
+    """As `read_cifar_binary`."""
+    content = read_bytes(path)
+    try:
+        batch = ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()      # Python 2 wrote the original
+        batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
+        pixels, labels = batch["data"], np.asarray(batch["labels"])
+        fits = pixels.dtype == np.uint8 and pixels.shape[1:] == (3072,) and labels.dtype.kind in "iu" and labels.shape == pixels.shape[:1]
+    except Exception as e:                             # a broken pickle can raise anything
+        raise DataError(f"{path}: not a batch of the CIFAR-10 python version ({type(e).__name__}: {e})") from e
+    if not fits:
+        raise DataError(f"{path}: data {pixels.shape} {pixels.dtype} and labels {labels.shape} {labels.dtype}, expected (N, 3072) uint8 and (N,) integers")
+    return pixels, labels
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Admits numpy arrays and plain values alone: a pickle may name any function, which loading it would run."""
+    arrays = {"ndarray": np.ndarray, "dtype": np.dtype, "_reconstruct": np.empty(0).__reduce__()[0], "scalar": np.uint8(0).__reduce__()[0]}
+
+    def find_class(self, module, name):
+        if module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray") and name in self.arrays:
+            return self.arrays[name]
+        if (module, name) == ("_codecs", "encode"):    # how Python 3 writes bytes in protocol 2
+            return codecs.encode
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is neither an array nor a plain value")
+
+
+def listing(folder):
+    """Names of the subfolders and of the image files in a folder, both sorted. Hidden ones are left out."""
+    entries = sorted((e.name, e.is_dir()) for e in os.scandir(folder) if not e.name.startswith("."))
+    return [name for name, is_dir in entries if is_dir], [name for name, is_dir in entries if not is_dir and name.lower().endswith(IMAGE_KINDS)]
+
+
+def split_folder(folder, split, layout):
+    """Where a split lies, and whether the other one is in there too: folder/train and folder/val, or both in the folder itself."""
+    check_split(split)
+    own = [s for s in SPLITS if os.path.isdir(os.path.join(folder, s))]
+    if not os.path.isdir(folder) or own and split not in own:
+        raise DataError(f"{os.path.join(folder, split) if own else folder}: no such folder, expected {layout}")
+    return (os.path.join(folder, split), False) if own else (folder, True)
+
+
+def class_names(folder, names):
+    """Classes of which `names` are a split's: those of folder/train if there is one, so that labels are the same in both splits."""
+    train = os.path.join(folder, "train")
+    classes = listing(train)[0] if names and os.path.isdir(train) else names
+    if stray := [name for name in names if name not in classes]:
+        raise DataError(f"{os.path.join(folder, 'val', stray[0])}: a class that is not in {train}, which has {', '.join(classes[:5]) or 'none'}")
+    return classes
+
+
+def fit_image(path, size):
+    """An image file -> uint8 (*size, 3): its centre in the shape of `size`, resized (bicubic, antialiased)."""
+    return np.asarray(ImageOps.fit(load_image(path), (size[1], size[0]), Image.BICUBIC))
+
+
+class ImageFolder:
+    """A folder of images, or of a folder of images for each class, as ImageNet's. Records as of `ShapeClips`, with pixels (*size, 3).
+
+    split: the subfolder of that name; if there are none, every twentieth image of a class, by name, is val and the others are train.
+    Labels count the class folders by name, those of train. Images that lie in no class have label -1. Folders in class folders are
+    left out. DataError if there is nothing to be found; an unreadable image raises it when it is asked for.
+    """
+    endless = False
+
+    def __init__(self, folder, split, size):
+        root, shared = split_folder(folder, split, LAYOUTS["images"])
+        names, loose = listing(root)
+        if names and loose:
+            raise DataError(f"{root}: images such as {loose[0]} beside folders such as {names[0]}, expected {LAYOUTS['images']}")
+        self.classes, self.size, self.files = class_names(folder, names), tuple(size), []
+        for label, name in [(self.classes.index(name), name) for name in names] or [(-1, "")]:
+            images = listing(os.path.join(root, name))[1]
+            rows = held_out(len(images), split, 20) if shared else range(len(images))
+            self.files += [(os.path.join(root, name, images[i]), label) for i in rows]
+        if not self.files:
+            raise DataError(f"{root}: no image for {split}, expected {LAYOUTS['images']}")
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        path, label = self.files[i]
+        return {"pixels": fit_image(path, self.size), "label": label}
+
+
+class VideoFolder:
+    """A folder of a folder of frames for each video, maybe in class folders. Item i is a window of `frames` frames that follow each other,
+    (frames, *size, 3), or (*size, 3) for frames=1. Splits, labels and errors as of `ImageFolder`; held out is every twentieth video of all.
+
+    Frames are sorted by the length of their names, then by name, so that 9.png comes before 10.png. Videos that are too short are left
+    out, with a warning. The subfolders are classes if none of them has an image.
+    """
+    endless = False
+
+    def __init__(self, folder, split, frames, size):
+        root, shared = split_folder(folder, split, LAYOUTS["videos"])
+        names = listing(root)[0]
+        found = {name: listing(os.path.join(root, name)) for name in names}
+        by_class = any(inner for inner, _ in found.values()) and not any(images for _, images in found.values())
+        self.classes, self.frames, self.size = class_names(folder, names) if by_class else [], frames, tuple(size)
+        groups = [(name, self.classes.index(name), found[name][0]) for name in names] if by_class else [("", -1, names)]
+        paths = [(os.path.join(root, group, video), label) for group, label, inner in groups for video in inner]
+        videos = [(path, sorted(listing(path)[1], key=lambda name: (len(name), name)), label) for path, label in paths]
+        if short := [path for path, images, _ in videos if len(images) < frames]:
+            warnings.warn(f"{root}: left out {len(short)} of {len(videos)} videos, shorter than {frames} frames, such as {short[0]}")
+        videos = [video for video in videos if len(video[1]) >= frames]
+        self.videos = [videos[i] for i in held_out(len(videos), split, 20)] if shared else videos
+        if not self.videos:
+            raise DataError(f"{root}: no video of {frames} frames or more for {split}, expected {LAYOUTS['videos']}")
+        self.ends = np.cumsum([len(images) - frames + 1 for _, images, _ in self.videos])      # windows up to the end of each video
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, i):
+        video = np.searchsorted(self.ends, i, side="right")
+        path, images, label = self.videos[video]
+        last = len(images) + i - self.ends[video] + 1
+        pixels = np.stack([fit_image(os.path.join(path, name), self.size) for name in images[last - self.frames:last]])
+        return {"pixels": pixels if self.frames > 1 else pixels[0], "label": label}
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # transforms: which part of an image the network sees
 
 @dataclass
@@ -598,7 +869,23 @@ def cap_example(record, c, rng):
                                 "drop": rng.random((c.captions_per_image, c.caption_length), np.float32)}
 
 
-EXAMPLES = {"det": det_example, "seg": seg_example, "kpt": kpt_example, "cap": cap_example}
+def gen_example(record, c, rng):
+    """pixels (H, W, C) uint8, of a clip (T, H, W, C), and label int64. DataError if they are not of the size that the model takes."""
+    pixels, frames = record["pixels"], clip_length(c)
+    expected = (*([frames] if frames > 1 else []), *c.model.sample_size, c.image_channels)
+    if pixels.shape[:-1] != expected[:-1] or pixels.shape[-1] not in (1, c.image_channels):
+        raise DataError(f"the data is {pixels.shape} (frames, height, width, channels), but sample_size, image_channels and frames ask for {expected}")
+    if c.flip and rng.random() < 0.5:
+        pixels = pixels[..., ::-1, :]
+    return {"pixels": np.broadcast_to(pixels, expected).copy(), "label": np.int64(record["label"])}      # grey as three equal colours
+
+
+def clip_length(c):
+    """How many frames an example of generation has, known ones counted; 1: an image."""
+    return getattr(c.model, "frames", 1) + getattr(c.model, "cond_frames", 0)
+
+
+EXAMPLES = {"det": det_example, "seg": seg_example, "kpt": kpt_example, "cap": cap_example, "gen": gen_example}
 
 
 def seen(view, image):
@@ -687,7 +974,7 @@ class EvalSet(Dataset):
 
 
 class TrainCollate:
-    """Examples -> batch: stacked images, and the token sequences of all of them, written at once."""
+    """Examples -> batch: stacked images, and the token sequences of all of them, written at once. gen: pixels and labels (B,)."""
 
     def __init__(self, task, c, vocab, pieces):
         self.task, self.c, self.vocab, self.pieces = task, c, vocab, pieces
@@ -695,6 +982,8 @@ class TrainCollate:
     def __call__(self, examples):
         c = self.c
         x = {key: torch.from_numpy(np.stack([e[key] for e in examples])) for key in examples[0] if key not in ("skipped", "captions")}
+        if self.task == "gen":
+            return {**x, "weights": torch.ones(len(examples)), "skipped": [m for e in examples for m in e["skipped"]]}
         if self.task == "det":
             tokens = encode_detection(x["boxes"], x["labels"], self.vocab, x["corrupt"], c.noise_weight, c.pad_weight)
         elif self.task == "seg":
@@ -710,17 +999,33 @@ class TrainCollate:
 
 
 def make_source(c, split, task="det"):
-    """The records that a configuration asks for. c.data: shapes or coco; split: train or val. DataError if it cannot be."""
+    """The records that a configuration asks for. c.data: shapes or coco, for gen shapes or one of LAYOUTS; split: train or val.
+    DataError if it cannot be."""
+    choices = ("shapes", *LAYOUTS) if task == "gen" else ("shapes", "coco")
+    if c.data not in choices:
+        raise DataError(f"data is {c.data!r}, expected one of {', '.join(choices)} for the task {task}")
+    if task == "gen":
+        return generation_source(c, split)
     if c.data == "shapes":
         return Shapes(split, max(c.model.image_size), c.max_things, c.data_seed, c.val_count if split == "val" else None)
-    if c.data != "coco":
-        raise DataError(f"unknown data {c.data!r}, expected 'shapes' or 'coco'")
     own = {"kpt": f"{split}_keypoints", "cap": f"{split}_captions"}.get(task, f"{split}_json")
     json_path, images = getattr(c, own), getattr(c, f"{split}_images")
     if not c.data_dir and not (json_path and images):
         raise DataError(f"data is 'coco': name a folder in COCO's layout with --data_dir, or --{own} and --{split}_images")
     return Coco(json_path or f"{c.data_dir}/annotations/{JSON_KINDS[task]}_{split}2017.json", images or f"{c.data_dir}/{split}2017",
                 c.coord_shift - CLASS_SHIFT - 1, c.bad_boxes)
+
+
+def generation_source(c, split):
+    """`make_source` for the task gen."""
+    size, frames = tuple(c.model.sample_size), clip_length(c)
+    if c.data == "shapes":
+        return ShapeClips(split, max(size), frames, c.data_seed, c.val_count if split == "val" else None)
+    if not c.data_dir:
+        raise DataError(f"data is {c.data!r}: name with --data_dir the folder of {LAYOUTS[c.data]}")
+    if c.data == "videos":
+        return VideoFolder(c.data_dir, split, frames, size)
+    return ImageFolder(c.data_dir, split, size) if c.data == "images" else {"mnist": load_mnist, "cifar10": load_cifar10}[c.data](c.data_dir, split)
 
 
 class Positions:
@@ -763,12 +1068,29 @@ def to_images(pixels, sizes, device):
     return torch.where(inside[:, None], images, PAD_VALUE)
 
 
+def to_floats(pixels, device):
+    """uint8 (B, H, W, C) -> float (B, C, H, W) in [0, 1] on the device; of clips (B, T, H, W, C) -> (B, C, T, H, W)."""
+    return pixels.to(device, non_blocking=True).movedim(-1, 1).contiguous().float() / 255
+
+
+def to_pixels(x):
+    """The inverse: float (B, C, ...), cut to [0, 1] -> uint8 array (B, ..., C)."""
+    return (x.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
+
+
+def mosaic(pictures, columns):
+    """(N, ..., H, W, 3), N a multiple of columns -> (..., N / columns H, columns W, 3)."""
+    rows = [np.concatenate(pictures[r:r + columns], -2) for r in range(0, len(pictures), columns)]
+    return np.concatenate(rows, -3)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--export", metavar="DIR", help="write shapes there in COCO's layout")
     parser.add_argument("--sheet", metavar="FILE", help="write a picture of the first 32 held-out scenes")
+    parser.add_argument("--clips", metavar="FILE", help="write a GIF of 16 held-out clips")
     parser.add_argument("--count", type=int, default=1000, help="training scenes to export; at most 500 held-out ones go with them")
-    parser.add_argument("--size", type=int, default=64, help="side of a scene in pixels")
+    parser.add_argument("--size", type=int, default=64, help="side of a scene or clip in pixels")
     parser.add_argument("--seed", type=int, default=0, help="another seed is another world")
     parser.add_argument("--format", choices=["jpg", "png"], default="jpg", help="of the exported images")
     args = parser.parse_args()
@@ -778,10 +1100,15 @@ def main():
         export_shapes(args.export, args.count, args.size, args.seed, args.format)
         print(f"wrote {args.export}; train on it with: python train.py --data=coco --data_dir={args.export}")
     if args.sheet:
-        scenes = [np.asarray(Shapes("val", args.size, seed=args.seed)[i]["image"]) for i in range(32)]
-        Image.fromarray(np.concatenate([np.concatenate(scenes[r:r + 8], 1) for r in range(0, 32, 8)])).save(args.sheet)
+        scenes = Shapes("val", args.size, seed=args.seed)
+        Image.fromarray(mosaic([np.asarray(scenes[i]["image"]) for i in range(32)], 8)).save(args.sheet)
         print(f"wrote {args.sheet}")
-    if not (args.export or args.sheet):
+    if args.clips:
+        clips = ShapeClips("val", args.size, 16, args.seed)
+        frames = [Image.fromarray(frame) for frame in mosaic([clips[i]["pixels"] for i in range(16)], 4)]
+        frames[0].save(args.clips, "GIF", save_all=True, append_images=frames[1:], duration=100, loop=0)
+        print(f"wrote {args.clips}")
+    if not (args.export or args.sheet or args.clips):
         parser.print_help()
 
 

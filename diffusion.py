@@ -382,7 +382,7 @@ def code_words(code, device):
 
 
 def rgb_to_bits(image, code="uint8", b_scale=1.0, dim=1):
-    """Colours in [0, 1] to float32 analog bits, colour by colour: (B, 3, ...) -> (B, 3 * RGB_CODES[code], ...).
+    """Colours in [0, 1] to float32 analog bits, colour by colour: (B, C, ...) -> (B, C * RGB_CODES[code], ...).
 
     Codes: "uint8" binary, "gray" reflected Gray, "uint8_s" shuffled, "oneh" one-hot. ValueError for others.
     """
@@ -433,3 +433,80 @@ def majority_vote(classes, ids, min_pixels=0):
     votes = votes.view(n_ids, n_classes)
     classes = votes.argmax(1).where(votes.sum(1) >= min_pixels, 0)[ids]
     return classes, ids.where(classes != 0, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A network and its recipe: the loss to train on, and samples. c holds the fields of train.Config for generation, and as
+# c.model the network's own configuration.
+
+def pixels_to_x0(pixels, c):
+    """Colours in [0, 1] (B, C, ...) -> data in +-c.b_scale: the same shape, or (B, C * RGB_CODES[c.bits], ...) analog bits."""
+    return rgb_to_bits(pixels, c.bits, c.b_scale) if c.bits else (pixels * 2 - 1) * c.b_scale
+
+
+def x0_to_pixels(x0, c):
+    """Inverse of pixels_to_x0, clipped to [0, 1]."""
+    return bits_to_rgb(x0, c.bits) if c.bits else (x0 / c.b_scale / 2 + 0.5).clamp(0, 1)
+
+
+def as_denoiser(network, c, logits=False):
+    """A network of model.py -> a denoiser as at the top of this file. logits: leave them, for the cross-entropy losses."""
+    def denoise(x_t, gamma, cond, self_cond):
+        out = network(unit_std(x_t) if c.normalize_input else x_t, gamma, cond, self_cond)
+        pred, hidden = out if isinstance(out, tuple) else (out, None)
+        pred = pred.float()
+        if c.pred_type == "x_sigmoid_xent" and not logits:
+            pred = sigmoid_bits(pred, c.b_scale)
+        if c.pred_type == "x_softmax_xent" and not logits:
+            pred = softmax_bits(pred, c.model.softmax_groups, c.b_scale)
+        return pred if hidden is None else (pred, hidden)
+    return denoise
+
+
+def condition(c, labels=None, known=None):
+    """What c.model takes as condition (see model.split_cond), a tuple, or None: labels (B,) int64 if it has classes, -1 for a
+    dropped one, None for none; known frames (B, C, cond_frames, H, W), like x0, if it predicts what follows them."""
+    parts = (labels,) if c.model.num_classes else ()
+    return parts + (known,) if getattr(c.model, "cond_frames", 0) else parts or None
+
+
+def denoising_loss(network, c, pixels, labels=None, t=None, generator=None):
+    """The loss of one training step, a scalar: noise, self-conditioning, one pass of the network.
+
+    pixels: (B, C, H, W) in [0, 1]; of a video (B, C, cond_frames + frames, H, W), the known frames first
+    labels: (B,) int64, or None; while the network trains, a share of c.label_drop is hidden, for guidance (the reference
+            hides others in the pass for self-conditioning; here the same)
+    t:      (B,), or None for uniform times
+    """
+    x0, known = pixels_to_x0(pixels, c), None
+    if cond_frames := getattr(c.model, "cond_frames", 0):
+        known, x0 = x0[:, :, :cond_frames], x0[:, :, cond_frames:]
+    if network.training and labels is not None and c.label_drop:
+        kept = torch.rand(len(labels), generator=generator, device=x0.device) >= c.label_drop
+        labels = torch.where(kept, labels, -1)
+    cond = condition(c, labels, known)
+    x_t, eps, gamma = diffuse(x0, c.train_schedule, t, generator)
+    state = self_cond_for_training(as_denoiser(network, c), x_t, gamma, cond, self_cond=c.model.self_cond, rate=c.self_cond_rate,
+                                   by_masking=c.self_cond_masking, pred_type=c.pred_type, b_scale=c.b_scale, generator=generator)
+    out = as_denoiser(network, c, logits=True)(x_t, gamma, cond, state)
+    pred = out[0] if isinstance(out, tuple) else out
+    return diffusion_loss(pred, c.pred_type, x0, eps, gamma, c.b_scale, getattr(c.model, "softmax_groups", 0))
+
+
+def generate(network, c, count, labels=None, known=None, generator=None, callback=None):
+    """`count` samples of a network: (count, C, H, W) in [0, 1] on its device; of a video (count, C, frames, H, W).
+
+    labels: (count,) int64, -1 or None for none
+    known:  (count, C, cond_frames, H, W) in [0, 1], the frames that a video goes on from
+    What c says: sample_steps, sample_schedule, sampler, guidance, td, self_cond_decay, and how the network was trained.
+    callback(i, pixels): every estimate, as pixels.
+    """
+    device, m = next(network.parameters()).device, c.model
+    frames = [m.frames] if getattr(m, "frames", 1) + getattr(m, "cond_frames", 0) > 1 else []
+    x_init = torch.randn(count, m.channels, *frames, *m.sample_size, generator=generator, device=device)
+    known = None if known is None else pixels_to_x0(known, c)
+    x0 = sample(as_denoiser(network, c), x_init, c.sample_steps, schedule=c.sample_schedule, sampler=c.sampler, pred_type=c.pred_type,
+                cond=condition(c, labels, known), null_cond=condition(c, None, known), guidance=c.guidance, td=c.td, b_scale=c.b_scale,
+                self_cond=m.self_cond, self_cond_decay=c.self_cond_decay, generator=generator,
+                callback=callback and (lambda i, x0, x_t: callback(i, x0_to_pixels(x0, c))))
+    return x0_to_pixels(x0, c)

@@ -1,14 +1,18 @@
-"""How good is a model? Average precision of boxes, masks and joints; scores of captions.
+"""How good is a model? Average precision of boxes, masks and joints; scores of captions; how real and how right generated images are.
 
 Boxes, masks and joints by pycocotools (cocodataset.org/#detection-eval), captions by BLEU, ROUGE-L and CIDEr; results in COCO's
 own formats, so that its server takes them. Under torchrun every process predicts a share of the images. `--truth` feeds the
-tokenised truth through decoding as if predicted, which shows the ceiling that tokens set. Left out: test sets without labels.
+tokenised truth through decoding as if predicted, which shows the ceiling that tokens set. Generated images by held-out loss, by a
+small classifier trained on the spot, and by FID (1706.08500) and Inception Score (1606.03498) with a network of the user's; videos
+also by the error of their frames. Left out: test sets without labels; precision and recall of samples.
 
     python eval.py                                                   # the newest run on its held-out data
     torchrun --nproc_per_node=8 eval.py --ckpt=out/multi_coco_vit_b --data_dir=coco --task=seg --boxes=truth
+    python eval.py --ckpt=out/gen_cifar10 --samples=50000 --batch_size=250 --inception=inception-2015-12-05.pt
 """
 import argparse
 import contextlib
+import hashlib
 import importlib.util
 import io
 import json
@@ -18,19 +22,24 @@ import re
 import shutil
 import sys
 import time
+import warnings
+import zipfile
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
 import data
 import tokenizer
+from diffusion import SAMPLERS, denoising_loss, generate
 from sample import (add_checkpoint_arguments, add_joints, checkpoint_arguments, find_checkpoint, is_reference, load_model, look,
-                    make_pieces, make_vocab, mask_of, objects_in_image, pick_device, pick_tasks, to_rle, true_boxes)
+                    make_pieces, make_vocab, mask_of, objects_in_image, pick_device, pick_tasks, save_pictures, to_rle, true_boxes)
 
 # ---------------------------------------------------------------------------------------------------------------
 # boxes, masks, joints
@@ -182,6 +191,330 @@ def caption_scores(candidates, references, library=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# generated images. Pixels are as in data.py, with colours last: uint8 (N, H, W, C), of clips (N, T, H, W, C)
+
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)                     # times t at which the held-out loss is taken
+HELD_OUT = 200                                         # held-out items that it is taken of
+FID_IMAGES = 50_000                                    # training images, at most, behind a FID, as is the custom
+JUDGE_IMAGES = 10_000                                  # those (or frames) that a judge learns from and compares with
+PICTURES = 64                                          # samples that are returned to look at
+
+
+def feature_statistics(features):
+    """(N, D) -> mean (D,) and unbiased covariance (D, D), float64. ValueError for fewer than two rows."""
+    if len(features) < 2:
+        raise ValueError(f"the statistics of features need at least 2 images, got {len(features)}")
+    features = np.asarray(features, np.float64)
+    centered = features - features.mean(0)
+    return features.mean(0), centered.T @ centered / (len(features) - 1)
+
+
+def frechet_distance(mean_a, cov_a, mean_b, cov_b):
+    """Squared distance of two Gaussians, |mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2) (1706.08500, eq. 6), float64.
+
+    That last trace is the sum of the singular values of P'Q, where A = PP' and B = QQ'. Nothing is squared before its root is
+    taken, which would turn zeros of 1e-16 into 1e-8; so covariances may be singular, as those of N <= D images are.
+    """
+    def factor(cov):                                   # (D, D) -> (D, rank)
+        values, vectors = np.linalg.eigh(cov)
+        kept = values > values[-1] * len(values) * np.finfo(np.float64).eps
+        return vectors[:, kept] * np.sqrt(values[kept])
+
+    shared = np.linalg.svd(factor(cov_a).T @ factor(cov_b), compute_uv=False).sum()
+    return float(np.square(mean_a - mean_b).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * shared)
+
+
+def inception_score(probabilities, splits=10):
+    """(N, K) class probabilities -> mean and standard deviation over the splits of exp(mean KL(p(y|x) || p(y))), 1 to K
+    (1606.03498, section 4). Fewer images than splits are a split each."""
+    scores = []
+    for p in np.array_split(np.asarray(probabilities, np.float64), min(splits, len(probabilities))):
+        log = np.log(np.maximum(p, 1e-300))            # 0 log 0 is 0
+        scores.append(np.exp((p * (log - np.log(np.maximum(p.mean(0), 1e-300)))).sum(1).mean()))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def as_frames(pixels):
+    """Clips (N, T, H, W, C) -> their frames (N T, H, W, C); images stay."""
+    return pixels.flatten(0, 1) if pixels.ndim == 5 else pixels
+
+
+class Inception:
+    """The network behind FID and Inception Score, from a TorchScript file.
+
+    Published numbers rest on Inception as of 2015-12-05; NVIDIA's stylegan2-ada-pytorch offers it as inception-2015-12-05.pt
+    (pretrained/metrics/ of its download site). It takes uint8 (N, 3, H, W), resizes by itself, and is called with
+    return_features=True for features (N, 2048), with no_output_bias=True for probabilities (N, 1008). Any other TorchScript
+    module will do that makes features (N, D), or the pair (features, probabilities), of uint8 (N, 3, H, W).
+    ValueError if the file is no TorchScript.
+    """
+    def __init__(self, path, device="cpu"):
+        with open(path, "rb") as f:
+            self.key = hashlib.sha256(f.read()).hexdigest()[:16]
+        try:
+            self.network = torch.jit.load(path, map_location=device).eval()
+        except RuntimeError as e:
+            raise ValueError(f"{path}: not a TorchScript file, which is needed: weights alone (a state dict) do not say how to compute. Make one of "
+                             f"your network with torch.jit.script(network).save(path) or torch.jit.trace(network, images).save(path) "
+                             f"({str(e).splitlines()[0]})") from e
+        known = {argument.name for argument in self.network.forward.schema.arguments}
+        self.device, self.keywords = device, {"return_features", "no_output_bias"} <= known
+
+    @torch.no_grad()
+    def look(self, pixels, keyword):
+        images = as_frames(pixels).to(self.device).movedim(-1, 1)
+        images = images.expand(-1, 3, -1, -1).contiguous()                     # grey is three equal colours
+        return self.network(images, **{keyword: True}) if self.keywords else self.network(images)
+
+    def features(self, pixels):
+        """Images, or clips frame by frame -> (N, D) float32 array."""
+        out = self.look(pixels, "return_features")
+        return (out[0] if isinstance(out, tuple) else out).float().flatten(1).cpu().numpy()
+
+    def probabilities(self, pixels):
+        """Images, or clips frame by frame -> (N, K) float32 array, or None if the network has none."""
+        out = self.look(pixels, "no_output_bias")
+        out = out if self.keywords else out[1] if isinstance(out, tuple) else None
+        return None if out is None else out.float().cpu().numpy()
+
+
+class Judge(torch.nn.Module):
+    """A small classifier of the model's own data, trained on the spot (`train_judge`). It says whether samples show the class
+    that they should, and its features are what Frechet distances are taken of. Those compare with nothing but each other, on
+    the same data; and a judge that knows little of held-out images says little. Clips are judged frame by frame."""
+
+    def __init__(self, channels, classes, widths=(32, 64, 128)):
+        super().__init__()
+        self.body = torch.nn.Sequential(*[f for a, b in zip((channels, *widths), widths) for f in
+                                          (torch.nn.Conv2d(a, b, 3, 2, 1), torch.nn.BatchNorm2d(b), torch.nn.ReLU())])
+        self.head = torch.nn.Linear(widths[-1], classes)
+
+    def forward(self, images):
+        """(N, C, H, W) in [0, 1] -> features (N, 128), scores (N, classes)."""
+        features = self.body(images * 2 - 1).mean((2, 3))
+        return features, self.head(features)
+
+    @torch.no_grad()
+    def look(self, pixels):
+        """Images, or clips frame by frame -> features (N, 128) array, classes: of a clip the likeliest by the mean of its frames."""
+        device, features, classes = self.head.weight.device, [], []
+        for part in pixels.split(256):
+            found, scores = self(data.to_floats(as_frames(part), device))
+            features.append(found.cpu().numpy())
+            classes.append(scores.softmax(-1).unflatten(0, (len(part), -1)).mean(1).argmax(-1).cpu().numpy())
+        return np.concatenate(features), np.concatenate(classes)
+
+
+def train_judge(pixels, labels, classes, device="cpu", steps=300, seed=0):
+    """Pixels of N images or clips, labels (N,) int64 (-1 unknown), number of classes -> Judge, the same every time (on a GPU
+    nearly so). The global generators are left as they are. ValueError if all labels are unknown."""
+    device, known = torch.device(device), labels >= 0
+    if not known.any():
+        raise ValueError("no image has a label that a judge could learn")
+    labels = labels[known].repeat_interleave(pixels.shape[1] if pixels.ndim == 5 else 1)
+    pixels = as_frames(pixels[known])
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        judge = Judge(pixels.shape[-1], classes).to(device)
+        optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=steps)
+        for _ in range(steps):
+            chosen = torch.randint(len(labels), (64,))
+            _, scores = judge(data.to_floats(pixels[chosen], device))
+            F.cross_entropy(scores, labels[chosen].to(device)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    return judge.eval()
+
+
+def processes():
+    """(this process's number, how many there are)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share_out(count, batch_size):
+    """This process's batches of the numbers below count: whole ones, so that results do not depend on how many processes share."""
+    rank, world = processes()
+    return [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)][rank::world]
+
+
+def gather(mine):
+    """A list, one thing for each of this process's batches -> those of all processes, in the order of the batches."""
+    world = processes()[1]
+    if world == 1:
+        return mine
+    shares = [None] * world
+    dist.all_gather_object(shares, mine)
+    return [shares[i % world][i // world] for i in range(sum(map(len, shares)))]
+
+
+def real_batches(source, c, batches, workers=0):
+    """Yields pixels and labels (B,) int64 (-1 unknown) of batches of numbers. A number is a position in one fixed shuffled order of
+    the items, as files are often sorted; beyond the last item the order goes on with another. No image is mirrored."""
+    c = SimpleNamespace(**{**vars(c), "flip": False, "seed": 0})
+    for batch in data.make_loader(data.TrainStream(source, "gen", c), batches, data.TrainCollate("gen", c, None, None), workers):
+        for message in batch["skipped"]:
+            warnings.warn(f"another image stands in the evaluation for {message}")
+        yield batch["pixels"], batch["label"]
+
+
+def real_items(source, c, count, known_frames=0, workers=0):
+    """Pixels, of clips those of the frames after the known ones, and labels of at most `count` items; all of them on every process."""
+    count = min(count, len(source))
+    parts = real_batches(source, c, [range(i, min(i + 64, count)) for i in range(0, count, 64)], workers)
+    pixels, labels = (torch.cat(part) for part in zip(*parts))
+    return pixels[:, known_frames:], labels            # [:, 0:] of images is all of them
+
+
+def real_statistics(network, source, c, split="train", count=FID_IMAGES, folder=None, batch_size=64, workers=0):
+    """Mean and covariance of a network's features of at most `count` items, of clips the frames that are predicted.
+
+    network: has features(pixels) -> (N, D) array, and a `key` that no other network has
+    folder:  where they are kept; the name of the file says what of, and it is used only if all else is the same too
+    """
+    count, (height, width) = min(count, len(source)), c.model.sample_size
+    first = getattr(c.model, "cond_frames", 0)
+    key = json.dumps({"data": c.data, "data_dir": os.path.abspath(c.data_dir), "data_seed": c.data_seed, "split": split, "of": len(source),
+                      "images": count, "size": [height, width], "channels": c.image_channels, "frames": [first, data.clip_length(c)],
+                      "network": network.key})
+    path = os.path.join(folder or "", f"stats_{c.data}_{split}_{height}x{width}x{c.image_channels}_{count}_{network.key}.npz")
+    # The first process says whether there is a file: where folders are not shared, others would wait for nothing.
+    found = gather([read_statistics(path, key) if folder and processes()[0] == 0 else None])[0]
+    if found is None:
+        features = gather([network.features(pixels[:, first:]) for pixels, _ in real_batches(source, c, share_out(count, batch_size), workers)])
+        found = feature_statistics(np.concatenate(features))
+        if folder and processes()[0] == 0:
+            os.makedirs(folder, exist_ok=True)
+            with open(f"{path}.tmp", "wb") as f:
+                np.savez(f, key=key, mean=found[0], cov=found[1])
+            os.replace(f"{path}.tmp", path)
+    return found
+
+
+def read_statistics(path, key):
+    """(mean, cov) of a file of `real_statistics`; None if it is not there, damaged, or of something else."""
+    with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
+        with np.load(path) as stored:
+            if str(stored["key"]) == key:
+                return stored["mean"], stored["cov"]
+
+
+@torch.no_grad()
+def held_out_loss(model, c, source, batch_size=64, seed=0, dtype=torch.float32, workers=0):
+    """{"loss": mean, "loss_at": {"0.1": ...}} at each of LEVELS, of at most HELD_OUT items. The noise depends on the seed alone. Every
+    example sees the network's own estimate, as in sampling; in training only a share of them does."""
+    device, rows = next(model.parameters()).device, []
+    c = SimpleNamespace(**{**vars(c), "self_cond_rate": 1.0, "self_cond_masking": False})
+    batches = share_out(min(HELD_OUT, len(source)), batch_size)
+    for batch, (pixels, labels) in zip(batches, real_batches(source, c, batches, workers)):
+        images, labels = data.to_floats(pixels, device), labels.to(device) if c.model.num_classes else None
+        for t in LEVELS:
+            generator = torch.Generator(device).manual_seed(seed * 1_000_003 + batch[0])       # the same noise at every level
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss = denoising_loss(model, c, images, labels, torch.full((len(images),), t, device=device), generator)
+            rows.append((t, len(images), loss.mean().item()))
+    rows = [row for part in gather([rows]) for row in part]
+    mean = lambda rows: sum(n * loss for _, n, loss in rows) / sum(n for _, n, _ in rows)
+    return {"loss": mean(rows), "loss_at": {str(t): mean([row for row in rows if row[0] == t]) for t in LEVELS}}
+
+
+def draw_samples(model, c, source, count, batch_size=64, seed=0, dtype=torch.float32, workers=0):
+    """Yields this process's batches of samples: pixels, the labels asked for (B,) int64 or None, and true clips or None.
+
+    Labels go round: 0, 1, 2, ... A model that continues clips is shown the first frames of held-out ones, and asked for their labels.
+    """
+    device, known_frames, batches = next(model.parameters()).device, getattr(c.model, "cond_frames", 0), share_out(count, batch_size)
+    clips = real_batches(source, c, batches, workers) if known_frames else ((None, torch.tensor(batch)) for batch in batches)
+    bar = tqdm(zip(batches, clips), "samples", len(batches), disable=processes()[0] > 0 or not sys.stderr.isatty(), leave=False)
+    for batch, (truth, labels) in bar:
+        if not known_frames and c.model.num_classes:
+            labels = labels % c.model.num_classes
+        labels = labels if c.model.num_classes else None
+        known = data.to_floats(truth[:, :known_frames], device) if known_frames else None
+        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + batch[0])
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            pixels = generate(model, c, len(batch), None if labels is None else labels.to(device), known, generator)
+        yield torch.from_numpy(data.to_pixels(pixels)), labels, truth
+
+
+def evaluate_generation(model, c, split="val", seed=0, batch_size=64, inception=None, judge=True, stats_dir=None, count=None,
+                        dtype=torch.float32, judge_steps=300, workers=0):
+    """Metrics of a model that generates, {name: number} (on processes but the first, empty), and its first samples to look at: pixels, a
+    uint8 array; of clips with the known frames before.
+
+    inception: TorchScript file as of `Inception`; stats_dir: folder for the statistics of real images that it makes
+    judge:     whether to train a `Judge`, in judge_steps, where the data has classes
+    count:     samples to draw (default: c.eval_samples); PICTURES at most where there is nothing to measure
+
+    loss, loss_at    of held-out data, see `held_out_loss`
+    class_accuracy   share of samples that the judge takes for what was asked for, where the model takes labels
+    judge_accuracy   share of held-out items that it takes for what they are: how far it can be trusted
+    frechet          distance of samples to training data, in the judge's features
+    frechet_real     the same of as many held-out items (or all, if those are fewer): a floor above 0, the higher the fewer they are
+    fid              distance of samples to training data, in Inception's features; inception_score and inception_score_std
+    frame_error      mean square error of predicted frames, of colours in [0, 1]; copy_error: of repeating the last known frame
+    samples          how many there are
+    """
+    device, training, count = next(model.parameters()).device, model.training, count or c.eval_samples
+    if count < 1:
+        raise ValueError(f"expected at least 1 sample to evaluate, got {count}")
+    held_out, train = data.make_source(c, split, "gen"), data.make_source(c, "train", "gen")
+    known_frames = getattr(c.model, "cond_frames", 0)
+    model.eval()
+    metrics = held_out_loss(model, c, held_out, batch_size, seed, dtype, workers)
+    inception = Inception(inception, device) if inception else None
+    judge = judge and len(train.classes) > 0
+    if judge:
+        real, labels = real_items(train, c, JUDGE_IMAGES // data.clip_length(c), known_frames, workers)
+        judge = train_judge(real, labels, len(train.classes), device, judge_steps)
+        if dist.is_initialized():                      # one judge for all: GPUs differ in their last bits
+            for weights in judge.state_dict().values():
+                dist.broadcast(weights, 0)
+    elif not (inception or known_frames):
+        count = min(count, PICTURES)
+
+    rows = []
+    for pixels, asked, truth in draw_samples(model, c, held_out, count, batch_size, seed, dtype, workers):
+        shown = pixels if truth is None else torch.cat([truth[:, :known_frames], pixels], 1)
+        row = {"pixels": shown[:PICTURES if len(rows) * batch_size < PICTURES else 0].numpy()}
+        if judge:
+            row["judge"], classes = judge.look(pixels)
+            if asked is not None:
+                row["right"] = (classes == asked.numpy())[asked.numpy() >= 0]
+        if inception:
+            row |= {"inception": inception.features(pixels), "probabilities": inception.probabilities(pixels)}
+        if truth is not None:
+            past, future = truth[:, :known_frames] / 255, truth[:, known_frames:] / 255
+            row |= {name: (guess - future).square().flatten(1).mean(1).numpy()
+                    for name, guess in (("frame_error", pixels / 255), ("copy_error", past[:, -1:]))}
+        rows.append(row)
+    rows = gather(rows)
+    found = {key: np.concatenate([row[key] for row in rows]) for key in rows[0] if rows[0][key] is not None}
+    if inception:
+        most = 5 * count if train.endless else FID_IMAGES
+        real_inception = real_statistics(inception, train, c, "train", most, stats_dir, batch_size, workers)
+    model.train(training)
+    if processes()[0] > 0:
+        return {}, found["pixels"][:PICTURES]
+
+    metrics |= {name: float(found[key].mean()) for name, key in (("class_accuracy", "right"), ("frame_error", "frame_error"),
+                                                                 ("copy_error", "copy_error")) if len(found.get(key, ()))}
+    if judge:
+        held, labels = real_items(held_out, c, max(count, HELD_OUT), known_frames, workers)
+        features, classes = judge.look(held)
+        metrics["judge_accuracy"] = float((classes == labels.numpy())[labels.numpy() >= 0].mean())
+        real = feature_statistics(judge.look(real)[0])
+        metrics["frechet"] = frechet_distance(*feature_statistics(found["judge"]), *real)
+        metrics["frechet_real"] = frechet_distance(*feature_statistics(features[:len(found["judge"])]), *real)
+    if inception:
+        metrics["fid"] = frechet_distance(*feature_statistics(found["inception"]), *real_inception)
+        if "probabilities" in found:
+            metrics["inception_score"], metrics["inception_score_std"] = inception_score(found["probabilities"])
+    return metrics | {"samples": count}, found["pixels"][:PICTURES]
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # predictions for a dataset
 
 def truth_as_prediction(record, c, tasks, category_of):
@@ -307,6 +640,8 @@ def run(path, args, device):
         if getattr(args, key) is not None:
             setattr(c, key, getattr(args, key))
     tasks = pick_tasks(args.task, c)
+    if tasks == ("gen",):
+        return run_generation(path, model, c, args)
     start = time.time()
     metrics, results = evaluate(model, c, tasks, args.split, read_boxes(args.boxes or ("own" if "det" in c.tasks else "truth")),
                                 batch_size=args.batch_size, workers=args.workers, limit=args.limit, seed=args.seed, truth=args.truth,
@@ -324,6 +659,26 @@ def run(path, args, device):
     with open(f"{stem}_metrics.json", "w") as f:
         json.dump({"checkpoint": path, "split": args.split, "truth": args.truth, "seconds": seconds, **metrics}, f, indent=1)
     print(f"numbers: {stem}_metrics.json", flush=True)
+
+
+def run_generation(path, model, c, args):
+    """The same for a model that generates."""
+    for key, value in (("sample_steps", args.steps), ("sampler", args.sampler), ("guidance", args.guidance), ("td", args.td)):
+        if value is not None:
+            setattr(c, key, value)
+    start, stem = time.time(), args.out or f"{os.path.splitext(path)[0]}_{args.split}"
+    metrics, pixels = evaluate_generation(model, c, args.split, args.seed, args.batch_size, args.inception, not args.no_judge,
+                                          args.stats or os.path.dirname(path), args.samples, getattr(torch, args.dtype), workers=args.workers)
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    recipe, seconds = {key: getattr(c, key) for key in ("sample_steps", "sampler", "guidance", "td")}, round(time.time() - start, 1)
+    print(f"{path}, {args.split}, {seconds} s, " + ", ".join(f"{key} {value}" for key, value in recipe.items()))
+    for name, value in metrics.items():
+        for at, number in value.items() if isinstance(value, dict) else [("", value)]:
+            print(f"  {f'{name} {at}':20}{number:10{'d' if isinstance(number, int) else '.4f'}}")
+    with open(f"{stem}_metrics.json", "w") as f:
+        json.dump({"checkpoint": path, "split": args.split, "seconds": seconds, **recipe, "gen": metrics}, f, indent=1)
+    print(f"samples: {save_pictures(pixels, f'{stem}_samples')}\nnumbers: {stem}_metrics.json", flush=True)
 
 
 def read_boxes(text):
@@ -347,7 +702,7 @@ DATA_KEYS = ("data", "data_dir", "bad_boxes", "train_json", "train_keypoints", "
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_checkpoint_arguments(parser)
-    parser.add_argument("--task", help="some of det,seg,kpt,cap (default: what the model was trained on)")
+    parser.add_argument("--task", help="some of det,seg,kpt,cap, or gen (default: what the model was trained on)")
     parser.add_argument("--split", choices=["val", "train"], default="val")
     parser.add_argument("--boxes", help="for masks and joints: own (a detection pass), truth, or a results file (default: own, if it detects)")
     parser.add_argument("--limit", type=int, help="only the first images of the split")
@@ -358,6 +713,16 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--samples", type=int, help="of a model that generates: how many images to draw (default: as in train.py, eval_samples)")
+    parser.add_argument("--steps", type=int, help="calls of the network for each of them (default: as trained, as are the next three)")
+    parser.add_argument("--sampler", choices=list(SAMPLERS))
+    parser.add_argument("--guidance", type=float, help="how far beyond the prediction without label")
+    parser.add_argument("--td", type=float, help="by which share of a step each step goes further")
+    parser.add_argument("--no_judge", action="store_true", help="train no small classifier on the model's data to judge its images by")
+    parser.add_argument("--inception", metavar="FILE", help="TorchScript network for FID and Inception Score: inception-2015-12-05.pt of "
+                        "NVIDIA's stylegan2-ada-pytorch (it takes uint8 images and resizes by itself), or any that makes features (N, D), or "
+                        "features and class probabilities, of uint8 (N, 3, H, W)")
+    parser.add_argument("--stats", metavar="DIR", help="folder for what FID knows of the real images (default: beside the checkpoint)")
     parser.add_argument("--out", help="start of the names of the files written (default: beside the checkpoint)")
     for key in DATA_KEYS:
         parser.add_argument(f"--{key}", type={"top_p": float, "temperature": float, "seg_samples": int}.get(key, str), help="as in train.py")

@@ -1030,6 +1030,14 @@ class UNet(nn.Module):
         return depth_to_space(self.conv_out(F.silu(self.norm_out(x))), c.in_stride)
 
 
+NETWORKS = {"Pix2Seq": (Pix2Seq, Pix2SeqConfig), "RIN": (RIN, RINConfig), "UNet": (UNet, UNetConfig)}
+
+
+def build(config):
+    """The network that a configuration is of."""
+    return next(network for network, kind in NETWORKS.values() if type(config) is kind)(config)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # weights from elsewhere: their names and layouts -> ours, then another size -> the model's, then into the model
 
@@ -1315,7 +1323,7 @@ def reference_checkpoint(path, categories=(), image_size=None, bins=1000, coord_
     run = CONVERTED_RUN | dict(tasks="det,seg,kpt,cap" if c.vocab_size > text_shift else "det",      # text comes with all tasks
                                bins=bins, coord_shift=coord_shift, text_shift=text_shift, pieces=pieces,
                                max_objects=min(100, c.max_seq_len // 5))
-    return {"model": model.state_dict(), "step": 0, "best": -1.0, "preset": "converted", "config": run | {"model": asdict(c)},
+    return {"network": "Pix2Seq", "model": model.state_dict(), "step": 0, "preset": "converted", "config": run | {"model": asdict(c)},
             "categories": [category | {"label": i} for i, category in sorted(named.items())]}
 
 

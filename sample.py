@@ -1,10 +1,12 @@
-"""Look at one image: a trained model draws what it sees and prints it as JSON.
+"""Look at one image, or make some: a trained model draws what it sees, or what it dreams up, and prints it as JSON.
 
 Boxes (Pix2Seq, arXiv 2109.10852, section 2.3), masks, joints and captions (2206.07669, section 2), all from one decoder.
-With no image, it takes held-out ones of the data that the model was trained on. Left out: whole datasets (eval.py).
+With no image, it takes held-out ones of the data that the model was trained on. A model that generates draws a grid of
+images, or goes on from the first frames of held-out clips (sampling: diffusion.py). Left out: whole datasets (eval.py).
 
-    python sample.py                                    # the newest run, eight held-out images
+    python sample.py                                    # the newest run, eight held-out images or 64 new ones
     python sample.py photo.jpg --ckpt=out/multi_coco_vit_b/best.pt --task=det,seg --min_score=0.5 --attention
+    python sample.py --ckpt=out/gen_shapes --class=circle --steps=50 --guidance=2 --strip
 """
 import argparse
 import glob
@@ -20,7 +22,8 @@ from pycocotools import mask as mask_tools
 
 import data
 import tokenizer
-from model import Pix2Seq, Pix2SeqConfig, load_weights, reference_checkpoint
+from diffusion import generate
+from model import NETWORKS, load_weights, reference_checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------
 # checkpoints
@@ -73,9 +76,10 @@ def load_model(path, device, **known):
     """Checkpoint, as of `read_weights` -> the model, ready to predict, and the configuration that it was trained with."""
     checkpoint = read_weights(path, **known)
     c = SimpleNamespace(**checkpoint["config"])
-    c.model = Pix2SeqConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in c.model.items()})
-    model = Pix2Seq(c.model)
-    load_weights(model, checkpoint["model"])
+    network, kind = NETWORKS[checkpoint["network"]]
+    c.model = kind(**c.model)
+    model = network(c.model)
+    load_weights(model, checkpoint.get("ema", checkpoint["model"]))
     c.categories = checkpoint["categories"]            # of the training data: list of {id, name, label}
     return model.to(device).eval(), c
 
@@ -341,18 +345,84 @@ def tile(pictures, columns=4, gap=4):
     return sheet
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# generated images
+
+def save_pictures(pixels, stem, columns=8, least=64, ms=150):
+    """Images (N, H, W, C) uint8 -> STEM.png, a grid, small ones enlarged to `least` pixels; clips (N, T, H, W, C) -> STEM.gif,
+    a grid that moves, `ms` a frame. Returns the file's name."""
+    zoom = max(1, round(least / pixels.shape[-2]))
+    if pixels.ndim == 4:
+        pictures = [Image.fromarray(p.squeeze(-1) if p.shape[-1] == 1 else p) for p in pixels]
+        tile([p.resize((p.width * zoom, p.height * zoom), Image.NEAREST) for p in pictures], columns, gap=2).save(f"{stem}.png")
+        return f"{stem}.png"
+    pictures = [[Image.fromarray(p.squeeze(-1) if p.shape[-1] == 1 else p) for p in frame] for frame in pixels.swapaxes(0, 1)]
+    frames = [tile([p.resize((p.width * zoom, p.height * zoom), Image.NEAREST) for p in frame], columns, gap=2) for frame in pictures]
+    frames[0].save(f"{stem}.gif", save_all=True, append_images=frames[1:], duration=ms, loop=0)
+    return f"{stem}.gif"
+
+
+def known_frames(c, count):
+    """The first held-out clips of a model's data -> their first cond_frames, (count, C, cond_frames, H, W) in [0, 1]."""
+    source, rng = data.make_source(c, "val", "gen"), np.random.default_rng(0)
+    c = SimpleNamespace(**{**vars(c), "flip": False})
+    pixels = np.stack([data.EXAMPLES["gen"](source[i % len(source)], c, rng)["pixels"] for i in range(count)])
+    return data.to_floats(torch.from_numpy(pixels), "cpu")[:, :, :c.model.cond_frames]
+
+
+def sample_images(model, c, args):
+    """Draw new images or clips into args.out, a strip of how they came about with args.strip. Returns the report."""
+    for key, value in (("sample_steps", args.steps), ("sampler", args.sampler), ("guidance", args.guidance), ("td", args.td)):
+        if value is not None:
+            setattr(c, key, value)
+    device, names = next(model.parameters()).device, [category["name"] for category in c.categories]
+    count, labels = args.count or 64, None
+    if args.class_name is not None and (args.class_name not in names or not c.model.num_classes):
+        raise ValueError(f"--class={args.class_name}: this model knows {', '.join(names) if c.model.num_classes else 'no classes'}")
+    if c.model.num_classes:
+        labels = torch.arange(count, device=device) % len(names)
+        if args.class_name is not None:
+            labels = torch.full_like(labels, names.index(args.class_name))
+    known = known_frames(c, count).to(device) if getattr(c.model, "cond_frames", 0) else None
+    generator, size, steps = torch.Generator(device).manual_seed(args.seed), 64, []
+    parts = []
+    for first in range(0, count, size):
+        part = slice(first, min(first + size, count))
+        keep = (lambda i, pixels: steps.append(pixels[:8].cpu())) if args.strip and first == 0 else None
+        pixels = generate(model, c, part.stop - first, None if labels is None else labels[part], None if known is None else known[part], generator, keep)
+        parts.append(pixels if known is None else torch.cat([known[part], pixels], 2))
+    os.makedirs(args.out, exist_ok=True)
+    pictures = [save_pictures(data.to_pixels(torch.cat(parts)), os.path.join(args.out, "samples"))]
+    if steps:
+        chosen = [steps[round(i * (len(steps) - 1) / 9)] for i in range(10)]
+        film = torch.stack(chosen, 1)                  # (8, 10, C, H, W), of a video (8, 10, C, T, H, W): its last frame stands for it
+        film = film[:, :, :, -1] if film.ndim == 6 else film
+        pictures.append(save_pictures(data.to_pixels(film.flatten(0, 1)), os.path.join(args.out, "strip"), columns=10))
+        last = torch.stack(steps + steps[-1:] * (len(steps) // 4 + 1), 2)      # (8, C, steps, ...)
+        last = last[:, :, :, -1] if last.ndim == 6 else last
+        pictures.append(save_pictures(data.to_pixels(last), os.path.join(args.out, "denoising"), columns=4, ms=80))
+    return {"pictures": pictures, "samples": count, "seed": args.seed, "steps": c.sample_steps, "sampler": c.sampler, "guidance": c.guidance,
+            "td": c.td, "classes": None if labels is None else [names[label] for label in labels.tolist()]}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="*", help="image files; none: held-out items of the model's own data")
     add_checkpoint_arguments(parser)
     parser.add_argument("--task", help=f"some of {','.join(TASKS)}, or all (default: what the model was trained on)")
-    parser.add_argument("--count", type=int, default=8, help="held-out items to show when no image is named")
+    parser.add_argument("--count", type=int, help="held-out items to show when no image is named (default: 8), or images to generate (64)")
     parser.add_argument("--min_score", type=float, default=0.3, help="leave out objects below this score")
     parser.add_argument("--temperature", type=float, help="of sampling (default: as trained; 0 for the likeliest tokens)")
     parser.add_argument("--top_p", type=float, help="nucleus of sampling boxes (default: as trained)")
     parser.add_argument("--boxes", nargs="+", metavar="X,Y,W,H,NAME", help="what to segment and to find the joints of, in pixels (default: what "
                         "the model detects; for one that does not, the true boxes of held-out items)")
     parser.add_argument("--attention", action="store_true", help="also draw where the tokens of each object looked")
+    parser.add_argument("--class", dest="class_name", metavar="NAME", help="generate: only this class (default: all in turn)")
+    parser.add_argument("--steps", type=int, help="generate: calls of the network (default: as trained, as for the next three)")
+    parser.add_argument("--sampler", help="generate: ddim, ddpm, ddpm@large or ddpm@small")
+    parser.add_argument("--guidance", type=float, help="generate: how far beyond the prediction without label")
+    parser.add_argument("--td", type=float, help="generate: each step goes further by this share of a step")
+    parser.add_argument("--strip", action="store_true", help="generate: also a strip and a GIF of how images came out of noise")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", default="samples", help="folder for the pictures")
@@ -361,6 +431,8 @@ def main():
         device = pick_device(args.device)
         path, known = checkpoint_arguments(args)
         model, c = load_model(path, device, **known)
+        if c.tasks == "gen":
+            return print(json.dumps(sample_images(model, c, args), indent=1))
         tasks = pick_tasks(args.task, c)
         for key in ("temperature", "top_p"):
             if getattr(args, key) is not None:
@@ -369,7 +441,7 @@ def main():
             inputs = [(name, data.load_image(name), None) for name in args.images]
         else:
             source = data.make_source(c, "val", tasks[0])
-            records = [source[i] for i in range(min(args.count, len(source)))]
+            records = [source[i] for i in range(min(args.count or 8, len(source)))]
             truth = {label: i for i, label in source.label_of.items()}
             inputs = [(f"val_{r['image_id']}", r["image"], None if "det" in c.tasks else true_boxes(r, truth)) for r in records]
         told = [read_box(text, c) for text in args.boxes] if args.boxes else None

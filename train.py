@@ -10,6 +10,7 @@ torchrun the global batch is shared out, with the same result. Left out: model a
     python train.py --list                              # presets;  --help: every field;  --bench: speed
 """
 import contextlib
+import copy
 import difflib
 import inspect
 import json
@@ -31,9 +32,12 @@ from tqdm import tqdm
 
 import data
 from data import DataError
-from eval import evaluate
-from model import SIZES, Pix2Seq, Pix2SeqConfig, adapt_weights, count_parameters, load_weights, token_loss
-from sample import TASKS, draw, look, make_pieces, make_vocab, pick_device, read_checkpoint, read_weights, tile, true_boxes
+from diffusion import PRED_TYPES, RGB_CODES, SAMPLERS, check_choice, denoising_loss, gamma_schedule, generate
+from eval import evaluate, evaluate_generation
+from model import (SIZES, Pix2SeqConfig, RINConfig, UNetConfig, adapt_weights, build, count_parameters, load_reference_weights, load_weights,
+                   read_reference_checkpoint, token_loss)
+from sample import (TASKS, draw, is_reference, look, make_pieces, make_vocab, pick_device, read_checkpoint, read_weights, save_pictures, tile,
+                    true_boxes)
 from tokenizer import CLASS_SHIFT, Vocab
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -42,12 +46,13 @@ from tokenizer import CLASS_SHIFT, Vocab
 @dataclass(frozen=True)
 class Config:
     """A run. The fields of `model` are set on the command line like these."""
-    model: Pix2SeqConfig = field(default_factory=Pix2SeqConfig)
+    model: Pix2SeqConfig | RINConfig | UNetConfig = field(default_factory=Pix2SeqConfig)
     # data
-    tasks: str = "det"                         # what to learn, some of det,seg,kpt,cap: boxes, masks, joints, captions
+    tasks: str = "det"                         # what to learn, some of det,seg,kpt,cap: boxes, masks, joints, captions; or gen: to generate
     task_weights: str = ""                     # loss weight of each, such as 1,0.5; empty: all 1
-    data: str = "shapes"                       # shapes (drawn here) or coco (any dataset in COCO's format)
-    data_dir: str = ""                         # coco: folder with train2017/, val2017/ and annotations/
+    task_starts: str = ""                      # step from which each is learned, such as 0,800; empty: all from the first
+    data: str = "shapes"                       # shapes (drawn here) or coco (any dataset in COCO's format); gen: shapes, mnist, cifar10, images, videos
+    data_dir: str = ""                         # coco: folder with train2017/, val2017/ and annotations/; gen: folder of the files, images, videos
     train_json: str = ""                       # coco: instances for training, if not in data_dir
     train_keypoints: str = ""                  # coco: likewise for kpt
     train_captions: str = ""                   # coco: likewise for cap
@@ -93,6 +98,24 @@ class Config:
     caption_flip: bool = True                  # mirror half of the images, which makes left right
     color_jitter: float = 0.5                  # strength of the colour distortion
     cap_top_p: float = 1.0                     # nucleus of sampling
+    # gen
+    image_channels: int = 3                    # colours of an image, 1 or 3
+    bits: str = ""                             # code of colours in analog bits: uint8, gray, uint8_s or oneh; empty: colours are numbers
+    b_scale: float = 1.0                       # data lie in +- this
+    pred_type: str = "eps"                     # what the network predicts: x, eps, v, x_sigmoid_xent or x_softmax_xent
+    train_schedule: str = "cosine"             # share of signal over time: cosine, cosine@S,E,T, sigmoid@S,E,T, log@S,E,R or simple_linear
+    normalize_input: bool = False              # divide what the network sees by its standard deviation
+    self_cond_rate: float = 0.5                # share of examples that see an estimate of the same network
+    self_cond_masking: bool = False            # choose them one by one; else the first of a batch, which is cheaper
+    label_drop: float = 0.0                    # share of labels hidden, for guidance
+    sample_schedule: str = "cosine"            # sampling: share of signal over time
+    sample_steps: int = 100                    # sampling: calls of the network
+    sampler: str = "ddim"                      # sampling: ddim, ddpm, ddpm@large or ddpm@small
+    guidance: float = 0.0                      # sampling: how far beyond the prediction without label
+    td: float = 0.0                            # sampling: each step goes further by this share of a step
+    self_cond_decay: float = 0.0               # sampling: weight of the past in what self-conditioning sees
+    judge: bool = False                        # train a small classifier at the end, to judge the samples
+    eval_samples: int = 200                    # samples to judge
     # optimisation
     batch_size: int = 32                       # images of each task a step, over all processes and accumulated parts
     task_batches: str = ""                     # likewise, a number for each task, such as 32,8; empty: batch_size for all
@@ -111,6 +134,7 @@ class Config:
     beta2: float = 0.95                        # of the mean of their squares
     eps: float = 1e-8                          # beside the root of that
     clip_norm: float = 0.0                     # largest global norm of the gradient; 0: no limit
+    ema_decay: float = 0.0                     # of the moving average of weights that predicts, less in the first steps; 0: no average
     label_smoothing: float = 0.0               # of the cross entropy
     seed: int = 0                              # of weights, order, augmentation and dropout
     init_from: str = ""                        # start from the weights of a run, or of a TensorFlow checkpoint of the reference
@@ -131,7 +155,8 @@ class Config:
 
 # Keys that may change when a run goes on; any other would silently make it another run.
 RUNTIME_KEYS = {"out", "fresh", "device", "dtype", "compile", "workers", "log_every", "eval_every", "save_every", "eval_images",
-                "pictures", "data_dir", "accumulate", "checkpointing", *(f"{split}_{kind}" for split in ("train", "val")
+                "pictures", "data_dir", "accumulate", "checkpointing", "sample_schedule", "sample_steps", "sampler", "guidance", "td",
+                "self_cond_decay", "judge", "eval_samples", *(f"{split}_{kind}" for split in ("train", "val")
                                                                          for kind in ("json", "keypoints", "captions", "images"))}
 
 
@@ -190,7 +215,58 @@ def presets():
         yield f"{task}_coco_vit_b", Preset(replace(MULTITASK, tasks=task), f"{about} alone, as in 2206.07669, 640 px", "8 GPUs", NOT_RUN)
 
 
-PRESETS = dict(presets())
+# Generation. LAMB leaves biases and norms without decay and scaling, and its gradients are not clipped, as in the reference.
+DRAWN = Config(
+    UNetConfig(num_classes=4, self_cond="x", unet_dim=32, multipliers=(1, 2, 2), res_blocks=(1, 1, 1), attention_at=(8,), head_dim=32),
+    tasks="gen", flip=False, workers=0, label_drop=0.1, guidance=1.0, sample_steps=50, judge=True, pred_type="v", batch_size=32, steps=5000, warmup_steps=200,
+    lr=1e-3, schedule="cosine", weight_decay=0.0, beta2=0.99, clip_norm=1.0, ema_decay=0.998, val_count=200)
+SMALL_RIN = RINConfig(num_classes=4, interface_patch=4, interface_dim=96, latents=32, latent_dim=128, latent_heads=4, latent_layers=(2, 2, 2), rw_heads=4,
+                      drop_path=0.0, dropout=0.0)
+LAMB_RIN = Config(tasks="gen", optimizer="lamb", no_decay="bias|norm", weight_decay=0.01, warmup_steps=10_000, steps=150_000, beta2=0.999, ema_decay=0.9999,
+                  end_lr_factor=0.0, self_cond_rate=0.9, self_cond_masking=True, sampler="ddpm", log_every=100, eval_every=10_000, save_every=2_000)
+ADAM_UNET = Config(tasks="gen", weight_decay=0.0, lr=1e-4, warmup_steps=10_000, schedule="none", beta2=0.999, clip_norm=1.0, ema_decay=0.9999, batch_size=128,
+                   sampler="ddpm", log_every=100, eval_every=10_000, save_every=2_000)
+
+
+def generation_presets():
+    """{name: Preset} of what generates."""
+    yield "gen_shapes", Preset(DRAWN, "drawn shapes of a class, 32 px, UNet", "2 CPU cores", NOT_RUN)
+    yield "gen_shapes_rin", Preset(replace(DRAWN, model=SMALL_RIN, self_cond_rate=0.9, self_cond_masking=True), "the same with a RIN", "2 CPU cores", NOT_RUN)
+    yield "bits_shapes", Preset(
+        replace(DRAWN, model=replace(DRAWN.model, sample_size=(16, 16), channels=24, attention_at=(8,)), bits="uint8", pred_type="x"),
+        "drawn shapes as analog bits (2208.04202), 16 px", "2 CPU cores", NOT_RUN)
+    yield "video_shapes", Preset(
+        replace(DRAWN, model=replace(SMALL_RIN, num_classes=0, frames=6, cond_frames=2), self_cond_rate=0.9, self_cond_masking=True, guidance=0.0, judge=False,
+                batch_size=8), "six frames of a moving shape after two known ones, 32 px, RIN", "2 CPU cores", NOT_RUN)
+    yield "gen_mnist", Preset(
+        replace(DRAWN, model=replace(DRAWN.model, sample_size=(28, 28), channels=1, num_classes=10, attention_at=(7,)), data="mnist", image_channels=1),
+        "digits of a class, 28 px; --data_dir holds MNIST's idx files", "2 CPU cores", NOT_RUN)
+    cifar = replace(ADAM_UNET, model=UNetConfig(num_classes=10, self_cond="eps", unet_dropout=0.3), data="cifar10", steps=1_000_000)
+    yield "gen_cifar10_rin", Preset(
+        replace(LAMB_RIN, model=RINConfig(num_classes=10), data="cifar10", lr=3e-3, schedule="cosine@0.8", batch_size=256, train_schedule="sigmoid@-3,3,0.9",
+                sample_steps=400), "CIFAR-10 RIN of 2212.11972", "8 GPUs", f"{NOT_RUN}; published FID 1.81")
+    yield "gen_cifar10_unet", Preset(cifar, "CIFAR-10 UNet of the reference", "8 GPUs", NOT_RUN)
+    for code in ("uint8", "uint8_s"):
+        yield f"bits_cifar10_{code}", Preset(
+            replace(cifar, model=UNetConfig(channels=24, num_classes=10, self_cond="x", softmax_groups=3), bits=code, b_scale=0.5, pred_type="x_softmax_xent",
+                    steps=1_500_000), f"CIFAR-10 Bit Diffusion of 2208.04202, code {code}", "8 GPUs", NOT_RUN)
+    yield "gen_imagenet64_unet", Preset(
+        replace(ADAM_UNET, model=UNetConfig(sample_size=(64, 64), num_classes=1000, self_cond="eps", unet_dim=192, multipliers=(1, 2, 3, 4), res_blocks=(3,) * 4),
+                data="images", batch_size=1024, lr=2e-4, steps=250_000), "ImageNet 64 px UNet of the reference; --data_dir holds train/CLASS and val/CLASS",
+        "32 GPUs", NOT_RUN)
+    yield "gen_imagenet64_rin", Preset(
+        replace(LAMB_RIN, data="images", lr=2e-3, schedule="cosine@0.7", batch_size=1024, train_schedule="simple_linear", sample_steps=1000,
+                model=RINConfig(sample_size=(64, 64), num_classes=1000, interface_patch=8, latent_layers=(4,) * 4, latent_dim=768, interface_dim=512,
+                                interface_mlp_ratio=4, rw_heads=16, drop_path=0.0, dropout=0.0)), "ImageNet 64 px RIN of 2212.11972", "32 GPUs", NOT_RUN)
+    yield "gen_video64_rin", Preset(
+        replace(LAMB_RIN, data="videos", lr=1e-3, schedule="cosine@0.7", batch_size=256, flip=False, sample_steps=400,
+                model=RINConfig(sample_size=(64, 64), frames=11, cond_frames=5, frame_stride=1, interface_patch=8, latent_layers=(4,) * 6, latents=256,
+                                latent_dim=768, interface_dim=512, interface_mlp_ratio=4, rw_heads=16, drop_path=0.0, dropout=0.0)),
+        "16 frames of 64 px as in 2212.11972 for Kinetics-600 and UCF-101, 11 after 5 known ones (its sizes; optimisation as for ImageNet, ours)",
+        "32 GPUs", NOT_RUN)
+
+
+PRESETS = dict(presets()) | dict(generation_presets())
 DEFAULT_PRESET = "det_shapes"
 
 
@@ -212,13 +288,15 @@ def convert(key, text, kind):
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        if typing.get_origin(kind) is tuple:           # 640 stands for 640,640
-            values = [typing.get_args(kind)[0](part) for part in text.split(",")]
-            values = values * 2 if len(values) == 1 else values
-            return tuple(values) if len(values) == 2 else 1 / 0
+        if typing.get_origin(kind) is tuple:
+            values = tuple(int(part) for part in text.split(","))
+            if typing.get_args(kind)[-1] is ...:
+                return values
+            values = values * 2 if len(values) == 1 else values          # 640 stands for 640,640
+            return values if len(values) == 2 else 1 / 0
         return kind(text)
     except (ValueError, KeyError, ZeroDivisionError):
-        name = getattr(kind, "__name__", str(kind)) if typing.get_origin(kind) is None else "one or two integers"
+        name = kind.__name__ if typing.get_origin(kind) is None else "integers" if typing.get_args(kind)[-1] is ... else "one or two integers"
         raise UsageError(f"--{key}={text}: expected {name}") from None
 
 
@@ -371,18 +449,23 @@ class Run:
         self.workers = config.workers if config.workers >= 0 else min(8, max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1, 0))
         torch.set_float32_matmul_precision("high")
 
-        self.tasks = tuple(config.tasks.split(","))
+        self.tasks, self.generates = tuple(config.tasks.split(",")), config.tasks == "gen"
         for task in self.tasks:
-            if task not in TASKS:
-                raise ValueError(f"--tasks={config.tasks}: unknown task {task!r}, expected some of {','.join(TASKS)}")
+            if task not in TASKS and not self.generates:
+                raise ValueError(f"--tasks={config.tasks}: unknown task {task!r}, expected some of {','.join(TASKS)}, or gen")
         self.task_weights = dict(zip(self.tasks, self.numbers("task_weights", config.task_weights, float) or [1.0] * len(self.tasks)))
         self.batches = dict(zip(self.tasks, self.numbers("task_batches", config.task_batches, int) or [config.batch_size] * len(self.tasks)))
         self.images = sum(self.batches.values())       # of a step
+        self.starts = dict(zip(self.tasks, self.numbers("task_starts", config.task_starts, int) or [0] * len(self.tasks)))
+        if min(self.starts.values()) > 0:
+            raise ValueError(f"--task_starts={config.task_starts}: expected a task that starts at step 0")
         for size in self.batches.values():
             if size < 1 or size % (self.world * config.accumulate):
                 raise ValueError(f"a batch of {size} is not a multiple of {self.world} processes x accumulate {config.accumulate}")
-        drawn = data.make_source(config, "train") if config.data == "shapes" else None       # one for all tasks; coco has a file each
-        self.source = {task: drawn or data.make_source(config, "train", task) for task in self.tasks}
+        if config.data == "shapes":                    # one source for all tasks; coco has a file for each
+            self.source = dict.fromkeys(self.tasks, data.make_source(config, "train", self.tasks[0]))
+        else:
+            self.source = {task: data.make_source(config, "train", task) for task in self.tasks}
         first = self.source[self.tasks[0]]
         if not config.steps:
             if not config.epochs or first.endless:
@@ -391,30 +474,52 @@ class Run:
         if not config.warmup_steps and config.warmup_epochs:
             config = replace(config, warmup_steps=round(config.warmup_epochs * len(first) / self.batches[self.tasks[0]]))
         learning_rate(0, config.lr, config.schedule, config.warmup_steps, config.steps, config.end_lr_factor)
-        self.categories = merge_categories(self.source.values())
-        joints = max((len(category.get("keypoints", ())) for category in self.categories), default=0)
-        longest = {"det": 5 * config.max_objects, "seg": 5 + 2 * config.max_points, "kpt": 5 + 2 * joints, "cap": config.caption_length}
-        for task in self.tasks:
-            if longest[task] > config.model.max_seq_len:
-                raise ValueError(f"{task} sequences have {longest[task]} tokens, max_seq_len is {config.model.max_seq_len}")
+        self.name, self.config = name, config
+        self.check_generation(first.classes) if self.generates else self.check_sequences()
         # What predictions need: the configuration, and the categories that they may name.
-        self.name, self.config, self.vocab, self.pieces = name, config, make_vocab(config), make_pieces(config)
         self.predictor = SimpleNamespace(**vars(config), categories=self.categories)
-        if "cap" in self.tasks and self.vocab.text_shift + self.pieces.size > self.vocab.size:
-            raise ValueError(f"vocab_size is {self.vocab.size}, captions need {self.vocab.text_shift + self.pieces.size}")
 
         torch.manual_seed(config.seed)
-        self.model = Pix2Seq(config.model).to(self.device)
+        self.model = build(config.model).to(self.device)
         if on_cuda:
             self.model.to(memory_format=torch.channels_last)
             if self.world > 1:                         # torch shares batch-norm statistics on GPUs only
                 self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         if config.init_from and (config.fresh or not os.path.exists(f"{config.out}/last.pt")):
             self.start_from(config)
+        self.average = copy.deepcopy(self.model).eval().requires_grad_(False) if config.ema_decay else None
         self.optimizer = make_optimizer(self.model.named_parameters(), config, self.device)
         self.forward = torch.compile(self.model) if self.compiled else self.model
         if self.world > 1:
             self.forward = DistributedDataParallel(self.forward, [self.device.index] if on_cuda else None)
+
+    def check_sequences(self):
+        """Categories, vocabulary and pieces of a run on sequences; ValueError if they do not fit the network."""
+        c, self.categories = self.config, merge_categories(self.source.values())
+        self.vocab, self.pieces = make_vocab(c), make_pieces(c)
+        joints = max((len(category.get("keypoints", ())) for category in self.categories), default=0)
+        longest = {"det": 5 * c.max_objects, "seg": 5 + 2 * c.max_points, "kpt": 5 + 2 * joints, "cap": c.caption_length}
+        for task in self.tasks:
+            if longest[task] > c.model.max_seq_len:
+                raise ValueError(f"{task} sequences have {longest[task]} tokens, max_seq_len is {c.model.max_seq_len}")
+        if "cap" in self.tasks and self.vocab.text_shift + self.pieces.size > self.vocab.size:
+            raise ValueError(f"vocab_size is {self.vocab.size}, captions need {self.vocab.text_shift + self.pieces.size}")
+
+    def check_generation(self, classes):
+        """Classes of a run that generates; ValueError if data, recipe and network do not fit each other."""
+        c, self.categories = self.config, [{"id": i, "name": name, "label": i} for i, name in enumerate(classes)]
+        self.vocab = self.pieces = None
+        for schedule in (c.train_schedule, c.sample_schedule):
+            gamma_schedule(schedule)
+        for value, choices, key in ((c.pred_type, PRED_TYPES, "pred_type"), (c.sampler, SAMPLERS, "sampler"), (c.bits, ("", *RGB_CODES), "bits")):
+            check_choice(value, choices, key)
+        channels = c.image_channels * RGB_CODES.get(c.bits, 1)
+        if c.model.channels != channels:
+            raise ValueError(f"channels is {c.model.channels}, but image_channels={c.image_channels} with bits={c.bits!r} are {channels}")
+        if c.model.num_classes not in (0, len(classes)):
+            raise ValueError(f"num_classes is {c.model.num_classes}, but the data has {len(classes)} classes")
+        if (c.pred_type == "x_softmax_xent") != (getattr(c.model, "softmax_groups", 0) > 0):
+            raise ValueError("pred_type x_softmax_xent and a UNet with softmax_groups belong together")
 
     def numbers(self, key, text, kind):
         """The text of a field that holds a number for each task -> list; [] if it is empty."""
@@ -428,6 +533,14 @@ class Run:
 
     def start_from(self, config):
         """Weights of another run, or of the reference. ValueError, naming everything, if they do not fit and --adapt is not given."""
+        if self.generates:
+            if is_reference(config.init_from):         # its checkpoints hold the network and its average
+                weights = read_reference_checkpoint(config.init_from)
+                load_reference_weights(self.model, {name.replace("/denoiser_ema/", "/"): w for name, w in weights.items() if "/denoiser_ema/" in name})
+            else:
+                content = read_weights(config.init_from)
+                load_weights(self.model, content.get("ema", content["model"]))
+            return self.say(f"started from {config.init_from}")
         c = config.model                               # what a checkpoint of the reference does not tell is as here
         content = read_weights(config.init_from, image_size=c.image_size, projection=c.projection, bins=config.bins,
                                coord_shift=config.coord_shift, text_shift=config.text_shift)
@@ -465,7 +578,11 @@ class Run:
         return data.make_loader(data.TrainStream(self.source[task], task, c), positions, collate, self.workers, pin=self.device.type == "cuda")
 
     def loss(self, batch):
-        """Weighted sum of the losses of a batch's tokens."""
+        """Weighted sum of the losses of a batch's tokens, or sum of its examples' losses in generation."""
+        if self.generates:
+            pixels, labels = data.to_floats(batch["pixels"], self.device), batch["label"].to(self.device, non_blocking=True)
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                return denoising_loss(self.forward, self.config, pixels, labels) * len(pixels)
         images = data.to_images(batch["image"], batch["size"], self.device)
         inputs, targets, weights = (batch[k].to(self.device, non_blocking=True) for k in ("inputs", "targets", "weights"))
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -480,12 +597,12 @@ class Run:
         torch.manual_seed((c.seed * 1_000_003 + step) * 65_537 + self.rank)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, c.lr, c.schedule, c.warmup_steps, c.steps, c.end_lr_factor)
-        shared = torch.stack([*(sum(part["weights"].sum() for part in parts[task]) for task in self.tasks), torch.tensor(float(stop))]).to(self.device)
+        shared = torch.stack([*(sum(part["weights"].sum() for part in parts[task]) for task in parts), torch.tensor(float(stop))]).to(self.device)
         if self.world > 1:
             dist.all_reduce(shared)
-        losses = torch.zeros(len(self.tasks), device=self.device)
-        left = len(self.tasks) * c.accumulate
-        for k, task in enumerate(self.tasks):
+        losses = torch.zeros(len(parts), device=self.device)
+        left = len(parts) * c.accumulate
+        for k, task in enumerate(parts):
             for part in parts[task]:
                 left -= 1
                 with contextlib.nullcontext() if not left or self.world == 1 else self.forward.no_sync():
@@ -498,36 +615,53 @@ class Run:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip_norm if c.clip_norm > 0 else math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            with torch.no_grad():
+                # The first weights are worth little, so the average forgets them faster (the reference starts from random ones).
+                torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - min(c.ema_decay, (1 + step) / (10 + step)))
+                for ours, theirs in zip(self.average.buffers(), self.model.buffers()):
+                    ours.copy_(theirs)
         return losses, norm, shared[-1]
 
     def checkpoint(self, step, best, optimizer=True):
-        content = {"model": self.model.state_dict(), "step": step, "best": best, "preset": self.name,
+        content = {"network": type(self.model).__name__, "model": self.model.state_dict(), "step": step, "best": best, "preset": self.name,
                    "config": asdict(self.config), "categories": self.categories}
+        if self.average is not None:
+            content["ema"] = self.average.state_dict()
         return content | ({"optimizer": self.optimizer.state_dict()} if optimizer else {})
 
     def resume(self):
-        """Go on from last.pt if there is one. Returns (step, best AP)."""
+        """Go on from last.pt if there is one. Returns (step, best score)."""
         path = f"{self.config.out}/last.pt"
         if not os.path.exists(path):
-            return 0, -1.0
+            return 0, -math.inf
         saved = read_checkpoint(path, self.device)
         check_same_run(saved["config"], self.config, path)
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(saved["ema"])
         return saved["step"], saved["best"]
 
     def evaluate(self, step, limit=None):
         """Metrics on held-out data {task: {name: number}} (empty on all processes but the first), and a picture of predictions."""
-        c = self.config
-        metrics, _ = evaluate(self.model, self.predictor, self.tasks, "val", "own" if "det" in self.tasks else "truth",
-                              batch_size=max(1, min(c.batch_size // self.world, 100)), workers=self.workers, limit=limit, dtype=self.dtype)
+        c, model = self.config, self.average or self.model
+        size = max(1, min(c.batch_size // self.world, 100))
+        if self.generates:
+            metrics, samples = evaluate_generation(model, self.predictor, batch_size=size, judge=c.judge and limit is None, count=limit or c.eval_samples,
+                                                   dtype=self.dtype)
+            if self.rank == 0 and c.pictures:
+                save_pictures(samples, f"{c.out}/step_{step:07d}")
+            return {"gen": metrics}
+        metrics, _ = evaluate(model, self.predictor, self.tasks, "val", "own" if "det" in self.tasks else "truth",
+                              batch_size=size, workers=self.workers, limit=limit, dtype=self.dtype)
         if self.rank == 0 and c.pictures:
             self.draw(f"{c.out}/step_{step:07d}.png")
         return metrics
 
     def draw(self, path):
         """Predictions on the first held-out images, always the same ones."""
-        self.model.eval()
+        model = (self.average or self.model).eval()
         source, pictures = data.make_source(self.config, "val", self.tasks[0]), []
         own = "det" in self.tasks or "cap" in self.tasks
         for i in range(min(self.config.pictures, len(source))):
@@ -535,7 +669,7 @@ class Run:
                 record = source[i]
                 boxes = None if own else true_boxes(record, {label: n for n, label in source.label_of.items()})
                 tasks = self.tasks if "det" in self.tasks else [t for t in self.tasks if t == "cap"] or self.tasks
-                found = look(self.model, [record["image"]], self.predictor, tasks, boxes and [boxes], torch.Generator(self.device).manual_seed(0))
+                found = look(model, [record["image"]], self.predictor, tasks, boxes and [boxes], torch.Generator(self.device).manual_seed(0))
                 pictures.append(draw(record["image"], found[0], self.predictor, side=256))
         if pictures:
             tile(pictures).save(path)
@@ -552,8 +686,10 @@ def merge_categories(sources):
     return list(merged.values())
 
 
-HEADLINE = {"det": "AP", "seg": "AP", "kpt": "AP", "cap": "ROUGE_L"}           # what the best checkpoint is chosen by, averaged over tasks
-LOGGED = ("AP", "AP50", "AP75", "BLEU_4", "ROUGE_L", "CIDEr", "exact")
+# What the best checkpoint is chosen by, averaged over tasks.
+HEADLINE = {"det": lambda m: m["AP"], "seg": lambda m: m["AP"], "kpt": lambda m: m["AP"], "cap": lambda m: m["ROUGE_L"], "gen": lambda m: -m["loss"]}
+LOGGED = ("AP", "AP50", "AP75", "BLEU_4", "ROUGE_L", "CIDEr", "exact", "loss", "class_accuracy", "judge_accuracy", "frechet", "frechet_real",
+          "frame_error", "copy_error")
 
 
 class Log:
@@ -605,13 +741,13 @@ def train(run):
     run.say(f"{run.name}: {count_parameters(run.model):,} parameters, {c.steps} steps of {run.images} images, on {run.world} x {run.device.type}"
             + (f", going on from step {start}" if start else ""))
 
-    named = lambda losses: {f"loss_{task}": value for task, value in zip(run.tasks, losses.tolist())}
+    named = lambda losses: {f"loss_{task}": value for task, value in zip(parts, losses.tolist())}
     asked = []                                         # signals that asked to stop
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: asked.append(number))
-    batches = {task: iter(run.loader(task, start, c.steps)) for task in run.tasks}
+    batches = {task: iter(run.loader(task, max(start, run.starts[task]), c.steps)) for task in run.tasks}
     bar = tqdm(total=c.steps, initial=start, disable=run.rank > 0 or not sys.stderr.isatty(), dynamic_ncols=True)
-    skipped, began, images, metrics = set(), time.time(), 0, None
+    skipped, began, since, images, metrics = set(), time.time(), start, 0, None
     run.model.train()
     step = start
     while True:
@@ -625,31 +761,31 @@ def train(run):
             metrics = run.evaluate(step, None if done or not c.eval_images else c.eval_images)
             if run.rank == 0:
                 log(step, **{f"{task}_{name}": value for task, m in metrics.items() for name, value in m.items() if name in LOGGED})
-                score = sum(metrics[task][HEADLINE[task]] for task in run.tasks) / len(run.tasks)
-                if score > best or done and best < 0:
+                score = sum(HEADLINE[task](metrics[task]) for task in run.tasks) / len(run.tasks)
+                if score > best:
                     best = score
                     save(f"{c.out}/best.pt", run.checkpoint(step, best, optimizer=False))
-            began, images = time.time(), 0             # evaluation is not training time
+            began, since, images = time.time(), step, 0             # evaluation is not training time
         if run.rank == 0 and step > start and (done or stopping or step % c.save_every == 0):
             save(f"{c.out}/last.pt", run.checkpoint(step, best))
         if done or stopping:
             break
 
-        parts = {task: [next(batches[task]) for _ in range(c.accumulate)] for task in run.tasks}
-        for message in {m for task in run.tasks for part in parts[task] for m in part["skipped"]} - skipped:
+        parts = {task: [next(batches[task]) for _ in range(c.accumulate)] for task in run.tasks if step >= run.starts[task]}
+        for message in {m for batch in parts.values() for part in batch for m in part["skipped"]} - skipped:
             skipped.add(message)
             run.say(f"warning: left out, {len(skipped)} so far: {message}")
         losses, norm, stop = run.step(parts, step, bool(asked))
-        step, images = step + 1, images + run.images
+        step, images = step + 1, images + sum(run.batches[task] for task in parts)
         bar.update()
         if step % c.log_every == 0 or run.device.type == "cpu" and not losses.isfinite().all():
             if not losses.isfinite().all():
                 raise FloatingPointError(f"the loss is {named(losses)} at step {step} (gradient norm {norm.item():.3g}); lower --lr or set --clip_norm")
             seconds = time.time() - began
             log(step, loss=losses.sum().item(), **(named(losses) if len(run.tasks) > 1 else {}), lr=run.optimizer.param_groups[0]["lr"],
-                grad_norm=norm.item(), ms=1000 * seconds * run.images / images, img_per_s=images / seconds, memory_gb=memory_gb(run.device))
+                grad_norm=norm.item(), ms=1000 * seconds / (step - since), img_per_s=images / seconds, memory_gb=memory_gb(run.device))
             bar.set_postfix(loss=f"{losses.sum().item():.3f}")
-            began, images = time.time(), 0
+            began, since, images = time.time(), step, 0
     bar.close()
     if not done:
         run.say(f"stopped at step {step}, saved in {c.out}/last.pt; the same command goes on from there")
@@ -677,7 +813,8 @@ def main():
     if run.rank == 0:
         out = run.config.out
         for task, m in metrics.items():
-            print(f"{task}: " + ", ".join(f"{name} {m[name]:.3f}" for name in LOGGED if name in m) + f" on {m['images']} held-out images")
+            print(f"{task}: " + ", ".join(f"{name} {m[name]:.3f}" for name in LOGGED if name in m)
+                  + (f", {m['samples']} samples" if run.generates else f" on {m['images']} held-out images"))
         print(f"{(time.time() - began) / 60:.1f} minutes\n"
               f"checkpoints {out}/best.pt and {out}/last.pt, pictures {out}/step_*.png, log {out}/log.jsonl\n"
               f"next: python sample.py --ckpt={out}")
@@ -725,7 +862,7 @@ def bench(run):
 
     forward_ms, both_ms = median_ms(forward, repeats, warm), median_ms(backward, repeats, warm)
     step_ms = median_ms(lambda: run.step(parts, 1, False), repeats, warm)
-    tokens = sum(part["inputs"].numel() for part in sum(parts.values(), []))
+    tokens = sum(part["inputs" if "inputs" in part else "weights"].numel() for part in sum(parts.values(), []))
     run.say(f"{run.name} on {run.world} x {torch.cuda.get_device_name() if device.type == 'cuda' else device.type}, {run.dtype}, "
             f"{run.images} images a step, compile {'on' if run.compiled else 'off'}\n"
             f"data       {data_ms:9.1f} ms   {1000 * run.images / data_ms:9.1f} img/s from {run.workers} workers a task\n"
@@ -733,14 +870,19 @@ def bench(run):
             f"step       {step_ms:9.1f} ms   {1000 * run.images / step_ms:9.1f} img/s   {1000 * tokens * run.world / step_ms:9.0f} tokens/s   "
             f"peak memory {memory_gb(device):.1f} GiB")
     if device.type == "cuda":
-        with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            for part in sum(parts.values(), []):
-                Pix2Seq(c.model).eval()(torch.empty(len(part["image"]), 3, *c.model.image_size), torch.empty(part["inputs"].shape, dtype=torch.long)).sum().backward()
+        run.forward = run.model                        # operations inside a compiled graph are not counted
+        with FlopCounterMode(display=False) as counter:
+            backward()
         peak = next((v for k, v in PEAK_TFLOPS.items() if k in torch.cuda.get_device_name()), None)
         rate = counter.get_total_flops() / step_ms / 1e9
         run.say(f"           {rate:.0f} TFLOP/s, " + (f"{100 * rate / peak:.0f} % of the chip's {peak}" if peak else "peak of this chip not known"))
 
     run.model.eval()
+    if run.generates:
+        with torch.no_grad(), torch.autocast(device.type, run.dtype, enabled=run.dtype != torch.float32):
+            known = torch.rand(1, c.image_channels, c.model.cond_frames, *c.model.sample_size, device=device) if getattr(c.model, "cond_frames", 0) else None
+            sample_ms = median_ms(lambda: generate(run.model, c, 1, known=known), 3, 1)
+        return run.say(f"sample     {sample_ms:9.1f} ms   one, in {c.sample_steps} steps")
     image = torch.rand(1, 3, *c.model.image_size, device=device)
     prompt, length, took = torch.full((1, 1), 10, device=device), 5 * c.max_objects, {}
     with torch.no_grad(), torch.autocast(device.type, run.dtype, enabled=run.dtype != torch.float32):

@@ -173,7 +173,7 @@ def checkpoint(tmp_path_factory, model):
     folder = tmp_path_factory.mktemp("run")
     c = predictor()
     config = {k: v for k, v in vars(c).items() if k != "categories"} | {"model": asdict(MODEL)}
-    torch.save({"model": model.state_dict(), "step": 1, "best": 0.0, "preset": "test", "config": config, "categories": c.categories}, folder / "best.pt")
+    torch.save({"network": "Pix2Seq", "model": model.state_dict(), "step": 1, "best": 0.0, "preset": "test", "config": config, "categories": c.categories}, folder / "best.pt")
     return str(folder / "best.pt")
 
 

@@ -309,7 +309,8 @@ def test_a_converted_run_has_every_field_that_predicting_reads_as_a_run_has_it(t
     torch.save(reference_checkpoint(str(tmp_path), image_size=(64, 96), **LAYOUT), str(tmp_path / "ours.pt"))
     run = torch.load(tmp_path / "ours.pt", weights_only=True)["config"]
     source = "".join(inspect.getsource(part) for part in (sample, eval, data.make_source))
-    read = set(re.findall(r"\bc\.(\w+)", source)) - {"categories", "max_things", "data_seed", "val_count"}     # the last: of drawn data
+    of_others = {"categories", "max_things", "data_seed", "val_count", "image_channels", "sample_steps", "sampler", "guidance", "td", "eval_samples"}
+    read = set(re.findall(r"\bc\.(\w+)", source)) - of_others       # fields of drawn data and of generation
     known = {f.name: getattr(train.Config(), f.name) for f in fields(train.Config)}
     assert read - set(run) == set() and set(run) - set(known) == set()
     assert {k for k in m.CONVERTED_RUN if m.CONVERTED_RUN[k] != known[k]} == {"data", "bad_boxes"}
