@@ -141,17 +141,19 @@ def draw_scene(things, background):
 
 
 def describe(things):
-    """A sentence about every two things, "a red circle above a blue square", by the direction in which they are further apart, and
-    its inverse, "a blue square below a red circle"; if there is only one, its name."""
+    """Every sentence about two things, "a red circle above a blue square", its inverse included; their name if there is only one.
+    A direction counts if they are at least half as far apart in it as in the other."""
     name = lambda thing: f"a {thing.color} {thing.kind}"
     if len(things) == 1:
         return [name(things[0])]
-    sentences = []
+    sentences = set()
     for a, b in itertools.permutations(things, 2):
         y, x = b.y - a.y, b.x - a.x
-        where = ("above" if y > 0 else "below") if abs(y) > abs(x) else "left of" if x > 0 else "right of"
-        sentences.append(f"{name(a)} {where} {name(b)}")
-    return sorted(set(sentences))
+        if abs(y) >= abs(x) / 2:
+            sentences.add(f"{name(a)} {'above' if y > 0 else 'below'} {name(b)}")
+        if abs(x) >= abs(y) / 2:
+            sentences.add(f"{name(a)} {'left' if x > 0 else 'right'} of {name(b)}")
+    return sorted(sentences)
 
 
 def check_split(split):

@@ -237,7 +237,8 @@ def test_a_video_model_goes_on_from_known_frames(tmp_path):
 @pytest.mark.parametrize("arguments, words", [
     (["--channels=4"], "channels is 4, but image_channels=3"), (["--num_classes=7"], "num_classes is 7, but the data has 4 classes"),
     (["--train_schedule=cosin"], "unknown schedule 'cosin'"), (["--pred_type=noise"], "unknown pred_type 'noise'; choices: x, eps"),
-    (["--bits=utf8"], "unknown bits 'utf8'"), (["--tasks=gen,det"], "unknown task 'gen'"), (["--data=coco"], "coco"),
+    (["--bits=utf8"], "unknown bits 'utf8'"), (["--tasks=gen,det"], "unknown task 'gen'"), (["--tasks=det"], "RINConfig, is for gen"),
+    (["--sample_size=16,32"], "ask for (16, 32, 3)"), (["--data=coco"], "coco"),
     (["--pred_type=x_softmax_xent"], "belong together"), (["--latent_layers=1,x"], "expected integers")])
 def test_what_does_not_fit_is_said_before_training(arguments, words, tmp_path):
     done = run("train.py", *SMALL, f"--out={tmp_path}/run", *arguments, check=False)

@@ -17,7 +17,7 @@ import model as m
 import sample
 import train
 from model import Pix2Seq, adapt_weights, infer_config, load_reference_weights, load_weights, read_reference_checkpoint, reference_checkpoint
-from test_parity import FOLDER, Golden, pix2seq_config
+from test_parity import FOLDER, Golden, pix2seq_config, rin_config
 from tokenizer import Vocab
 
 # What the shapes of each golden file do not tell.
@@ -338,3 +338,15 @@ def test_converting_from_the_command_line(tmp_path, fake_tensorflow, monkeypatch
     monkeypatch.setattr(sys, "argv", command + ["--image_size=64,96"])
     m.main()
     assert "sample.py photo.jpg --ckpt=" in capsys.readouterr().out and os.path.exists(tmp_path / "ours.pt")
+
+
+def test_a_run_that_generates_starts_from_the_averaged_weights_of_the_reference(tmp_path, fake_tensorflow):
+    g = golden("rin_image")
+    averaged = {name.replace("model/", "model/denoiser_ema/"): w for name, w in g.weights.items()}
+    last = {name.replace("model/", "model/denoiser/"): w + 1 for name, w in g.weights.items()}
+    write_fake(tmp_path, averaged | last)
+    config = rin_config(g.config, g["in:cond"])
+    run, expected = SimpleNamespace(generates=True, model=m.RIN(config), say=print), m.RIN(config)
+    load_reference_weights(expected, g.weights)
+    train.Run.start_from(run, SimpleNamespace(init_from=str(tmp_path)))
+    assert all(torch.equal(w, expected.state_dict()[name]) for name, w in run.model.state_dict().items())
