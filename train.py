@@ -190,10 +190,10 @@ def presets():
         yield f"{task}_shapes", Preset(replace(SHAPES, tasks=task), f"{about} of drawn shapes, 64 px", "2 CPU cores", NOT_RUN)
     yield "multi_shapes", Preset(
         # Boxes are the hardest to learn, and the others look where boxes taught the network to look: so they come first.
-        replace(SHAPES, tasks="det,seg,kpt,cap", task_batches="32,4,24,16", task_weights="2,0.5,1.5,6", task_starts="0,1000,1000,1600", max_things=3,
-                max_instances=1, caption_drop=0.0, seg_samples=4, steps=5000, eval_every=0),
-        "all four tasks at once on drawn shapes, 64 px", "2 CPU cores",
-        "measured on 2 CPU cores: AP50 of boxes 0.81, masks 0.66, joints 0.35, captions exactly right 0.07 after 14 minutes")
+        replace(SHAPES, tasks="det,seg,kpt,cap", task_batches="32,4,24,16", task_weights="2,0.5,1.5,6", task_starts="0,1000,1000,1600", max_things=2,
+                max_objects=6, max_instances=1, caption_drop=0.0, seg_samples=4, steps=4900, eval_every=0),
+        "all four tasks at once on drawn scenes of one or two things, 64 px", "2 CPU cores",
+        "measured on 2 CPU cores: AP50 of boxes 0.92, masks 0.74, joints 0.52, captions exactly right 0.60 after 14.9 minutes")
     tiny = Config(replace(SIZES["vit_tiny"], image_size=(256, 256), drop_path=0.0, dropout=0.0), data="coco", bad_boxes="drop", max_objects=30,
                   scale_min=1.0, scale_max=1.0, flip=False, workers=0, steps=4200, warmup_steps=400, lr=1e-3, beta2=0.999, batch_size=16, eval_every=2100)
     yield "det_coco_tiny", Preset(tiny, "boxes with a small ViT, 256 px, to learn a few images by heart", "2 CPU cores",
@@ -230,17 +230,19 @@ ADAM_UNET = Config(tasks="gen", weight_decay=0.0, lr=1e-4, warmup_steps=10_000, 
 
 def generation_presets():
     """{name: Preset} of what generates."""
-    yield "gen_shapes", Preset(DRAWN, "drawn shapes of a class, 32 px, UNet", "2 CPU cores", NOT_RUN)
+    yield "gen_shapes", Preset(DRAWN, "drawn shapes of a class, 32 px, UNet", "2 CPU cores",
+                                    "measured on one core: 1.00 of 200 samples judged right after 14.4 minutes")
     yield "gen_shapes_rin", Preset(replace(DRAWN, model=SMALL_RIN, self_cond_rate=0.9, self_cond_masking=True), "the same with a RIN", "2 CPU cores", NOT_RUN)
     yield "bits_shapes", Preset(
         replace(DRAWN, model=replace(DRAWN.model, sample_size=(16, 16), in_stride=1, channels=24), bits="uint8"),
-        "drawn shapes as analog bits (2208.04202), 16 px", "2 CPU cores", NOT_RUN)
+        "drawn shapes as analog bits (2208.04202), 16 px", "2 CPU cores", "measured on one core: 0.585 of 200 samples judged right after 15.3 minutes")
     yield "video_shapes", Preset(
         replace(DRAWN, model=replace(SMALL_RIN, num_classes=0, frames=6, cond_frames=2), self_cond_rate=0.9, self_cond_masking=True, guidance=0.0, judge=False,
                 batch_size=8), "six frames of a moving shape after two known ones, 32 px, RIN", "2 CPU cores", NOT_RUN)
     yield "gen_mnist", Preset(
         replace(DRAWN, model=replace(DRAWN.model, sample_size=(28, 28), channels=1, num_classes=10, attention_at=(7,)), data="mnist", image_channels=1),
-        "digits of a class, 28 px; --data_dir holds MNIST's idx files", "2 CPU cores", NOT_RUN)
+        "digits of a class, 28 px; --data_dir holds MNIST's idx files", "2 CPU cores",
+        "measured on one core, on the 10,000 test digits: 0.995 of 200 samples judged right after 10.7 minutes")
     cifar = replace(ADAM_UNET, model=UNetConfig(num_classes=10, self_cond="eps", unet_dropout=0.3), data="cifar10", steps=1_000_000)
     yield "gen_cifar10_rin", Preset(
         replace(LAMB_RIN, model=RINConfig(num_classes=10), data="cifar10", lr=3e-3, schedule="cosine@0.8", batch_size=256, train_schedule="sigmoid@-3,3,0.9",
