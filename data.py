@@ -1080,17 +1080,26 @@ def to_pixels(x):
     return (x.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
 
 
-def mosaic(pictures, columns):
-    """(N, ..., H, W, 3), N a multiple of columns -> (..., N / columns H, columns W, 3)."""
-    rows = [np.concatenate(pictures[r:r + columns], -2) for r in range(0, len(pictures), columns)]
-    return np.concatenate(rows, -3)
+def save_grid(pixels, stem, columns=8, side=64, gap=2, ms=150):
+    """Images (N, H, W, C) uint8 -> STEM.png, a grid with rows of `columns`, small images enlarged to some `side` pixels; clips
+    (N, T, H, W, C) -> STEM.gif, a grid that moves, `ms` a frame. Returns the file's name."""
+    zoom, columns = max(1, round(side / pixels.shape[-2])), min(columns, len(pixels))
+    cells = pixels if pixels.ndim == 5 else pixels[:, None]
+    cells = cells.repeat(zoom, 2).repeat(zoom, 3)
+    cells = np.pad(cells, ((0, -len(cells) % columns), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255)
+    _, T, H, W, C = cells.shape
+    frames = cells.reshape(-1, columns, T, H, W, C).transpose(2, 0, 3, 1, 4, 5).reshape(T, -1, columns * W, C)[:, :-gap, :-gap]
+    first, *others = [Image.fromarray(frame[..., 0] if C == 1 else frame) for frame in frames]
+    path, film = (f"{stem}.gif", dict(save_all=True, append_images=others, duration=ms, loop=0)) if pixels.ndim == 5 else (f"{stem}.png", {})
+    first.save(path, **film)
+    return path
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--export", metavar="DIR", help="write shapes there in COCO's layout")
-    parser.add_argument("--sheet", metavar="FILE", help="write a picture of the first 32 held-out scenes")
-    parser.add_argument("--clips", metavar="FILE", help="write a GIF of 16 held-out clips")
+    parser.add_argument("--sheet", metavar="FILE", help="write a picture of the first 32 held-out scenes, a .png")
+    parser.add_argument("--clips", metavar="FILE", help="write 16 held-out clips, a .gif")
     parser.add_argument("--count", type=int, default=1000, help="training scenes to export; at most 500 held-out ones go with them")
     parser.add_argument("--size", type=int, default=64, help="side of a scene or clip in pixels")
     parser.add_argument("--seed", type=int, default=0, help="another seed is another world")
@@ -1103,13 +1112,10 @@ def main():
         print(f"wrote {args.export}; train on it with: python train.py --data=coco --data_dir={args.export}")
     if args.sheet:
         scenes = Shapes("val", args.size, seed=args.seed)
-        Image.fromarray(mosaic([np.asarray(scenes[i]["image"]) for i in range(32)], 8)).save(args.sheet)
-        print(f"wrote {args.sheet}")
+        print("wrote", save_grid(np.stack([np.asarray(scenes[i]["image"]) for i in range(32)]), os.path.splitext(args.sheet)[0]))
     if args.clips:
         clips = ShapeClips("val", args.size, 16, args.seed)
-        frames = [Image.fromarray(frame) for frame in mosaic([clips[i]["pixels"] for i in range(16)], 4)]
-        frames[0].save(args.clips, "GIF", save_all=True, append_images=frames[1:], duration=100, loop=0)
-        print(f"wrote {args.clips}")
+        print("wrote", save_grid(np.stack([clips[i]["pixels"] for i in range(16)]), os.path.splitext(args.clips)[0], columns=4))
     if not (args.export or args.sheet or args.clips):
         parser.print_help()
 

@@ -1,7 +1,7 @@
 """Diffusion: noise schedules, prediction types, losses, one sampling loop, and analog bits.
 
-Plain functions of tensors and of one callable, the denoiser. No network and no data set is known here, so one
-loop samples images (RIN, UNet), discrete pixels (Bit Diffusion) and panoptic masks (Pix2Seq-D).
+Plain functions of tensors and of one callable, the denoiser, so one loop samples images (RIN, UNet), discrete pixels (Bit
+Diffusion) and panoptic masks (Pix2Seq-D). Only the last section knows of networks and their configuration; data sets nothing.
 
     x_t = sqrt(gamma) * x0 + sqrt(1 - gamma) * eps      gamma in [0, 1]; t = 0 is data, t = 1 is noise
     v   = sqrt(gamma) * eps - sqrt(1 - gamma) * x0

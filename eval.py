@@ -37,9 +37,33 @@ from tqdm import tqdm
 
 import data
 import tokenizer
-from diffusion import SAMPLERS, denoising_loss, generate
-from sample import (add_checkpoint_arguments, add_joints, checkpoint_arguments, find_checkpoint, is_reference, load_model, look,
-                    make_pieces, make_vocab, mask_of, objects_in_image, pick_device, pick_tasks, save_pictures, to_rle, true_boxes)
+from diffusion import denoising_loss, generate
+from sample import (add_checkpoint_arguments, add_joints, add_sampling_arguments, checkpoint_arguments, find_checkpoint, is_reference, load_model, look,
+                    make_pieces, make_vocab, mask_of, objects_in_image, pick_device, pick_tasks, set_sampling, to_rle, true_boxes)
+
+# ---------------------------------------------------------------------------------------------------------------
+# processes of torchrun
+
+def processes():
+    """(this process's number, how many there are)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share_out(count, batch_size):
+    """This process's batches of the numbers below count: whole ones, so that results do not depend on how many processes share."""
+    rank, world = processes()
+    return [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)][rank::world]
+
+
+def gather(mine):
+    """A list, one thing for each of this process's batches -> those of all processes, in the order of the batches."""
+    world = processes()[1]
+    if world == 1:
+        return mine
+    shares = [None] * world
+    dist.all_gather_object(shares, mine)
+    return [shares[i % world][i // world] for i in range(sum(map(len, shares)))]
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # boxes, masks, joints
@@ -328,27 +352,6 @@ def train_judge(pixels, labels, classes, device="cpu", steps=300, seed=0):
     return judge.eval()
 
 
-def processes():
-    """(this process's number, how many there are)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def share_out(count, batch_size):
-    """This process's batches of the numbers below count: whole ones, so that results do not depend on how many processes share."""
-    rank, world = processes()
-    return [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)][rank::world]
-
-
-def gather(mine):
-    """A list, one thing for each of this process's batches -> those of all processes, in the order of the batches."""
-    world = processes()[1]
-    if world == 1:
-        return mine
-    shares = [None] * world
-    dist.all_gather_object(shares, mine)
-    return [shares[i % world][i // world] for i in range(sum(map(len, shares)))]
-
-
 def real_batches(source, c, batches, workers=0):
     """Yields pixels and labels (B,) int64 (-1 unknown) of batches of numbers. A number is a position in one fixed shuffled order of
     the items, as files are often sorted; beyond the last item the order goes on with another. No image is mirrored."""
@@ -557,7 +560,7 @@ def predict(model, source, c, tasks, batch_size=8, workers=0, limit=None, seed=0
     boxes: where seg and kpt take their boxes from: "own" detection pass, "truth", or {image_id: list of results}
     Returns {image_id: what `look` returns} and the messages about images that cannot be read.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = processes()
     mine = range(len(source) if limit is None else min(limit, len(source)))[rank::world]
     batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
     loader = data.make_loader(data.EvalSet(source), batches, list, workers)
@@ -578,11 +581,8 @@ def predict(model, source, c, tasks, batch_size=8, workers=0, limit=None, seed=0
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 looked = look(model, [r["image"] for r in records], c, tasks, given, generator)
         found.update(zip((r["image_id"] for r in records), looked))
-    if world > 1:
-        shares = [None] * world
-        dist.all_gather_object(shares, (found, skipped))
-        found, skipped = {k: v for share in shares for k, v in share[0].items()}, [m for share in shares for m in share[1]]
-    return found, skipped
+    shares = gather([(found, skipped)])
+    return {k: v for share in shares for k, v in share[0].items()}, [m for share in shares for m in share[1]]
 
 
 def task_results(found, task, categories):
@@ -616,7 +616,7 @@ def evaluate(model, c, tasks, split="val", boxes="own", **options):
         for task in group:
             truth = source.truth(task)
             results[task] = task_results(found, task, {category["id"] for category in truth["categories"]})
-            if dist.is_initialized() and dist.get_rank() > 0:
+            if processes()[0] > 0:
                 continue
             if task == "cap":
                 references = {}
@@ -646,7 +646,7 @@ def run(path, args, device):
     metrics, results = evaluate(model, c, tasks, args.split, read_boxes(args.boxes or ("own" if "det" in c.tasks else "truth")),
                                 batch_size=args.batch_size, workers=args.workers, limit=args.limit, seed=args.seed, truth=args.truth,
                                 dtype=getattr(torch, args.dtype))
-    if dist.is_initialized() and dist.get_rank() > 0:
+    if processes()[0] > 0:
         return
     stem = args.out or f"{os.path.splitext(path)[0]}_{args.split}{'_truth' if args.truth else ''}"
     seconds = round(time.time() - start, 1)
@@ -663,13 +663,11 @@ def run(path, args, device):
 
 def run_generation(path, model, c, args):
     """The same for a model that generates."""
-    for key, value in (("sample_steps", args.steps), ("sampler", args.sampler), ("guidance", args.guidance), ("td", args.td)):
-        if value is not None:
-            setattr(c, key, value)
+    set_sampling(c, args)
     start, stem = time.time(), args.out or f"{os.path.splitext(path)[0]}_{args.split}"
     metrics, pixels = evaluate_generation(model, c, args.split, args.seed, args.batch_size, args.inception, not args.no_judge,
                                           args.stats or os.path.dirname(path), args.samples, getattr(torch, args.dtype), workers=args.workers)
-    if dist.is_initialized() and dist.get_rank() > 0:
+    if processes()[0] > 0:
         return
     recipe, seconds = {key: getattr(c, key) for key in ("sample_steps", "sampler", "guidance", "td")}, round(time.time() - start, 1)
     print(f"{path}, {args.split}, {seconds} s, " + ", ".join(f"{key} {value}" for key, value in recipe.items()))
@@ -678,7 +676,7 @@ def run_generation(path, model, c, args):
             print(f"  {f'{name} {at}':20}{number:10{'d' if isinstance(number, int) else '.4f'}}")
     with open(f"{stem}_metrics.json", "w") as f:
         json.dump({"checkpoint": path, "split": args.split, "seconds": seconds, **recipe, "gen": metrics}, f, indent=1)
-    print(f"samples: {save_pictures(pixels, f'{stem}_samples')}\nnumbers: {stem}_metrics.json", flush=True)
+    print(f"samples: {data.save_grid(pixels, f'{stem}_samples')}\nnumbers: {stem}_metrics.json", flush=True)
 
 
 def read_boxes(text):
@@ -714,10 +712,7 @@ def main():
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--samples", type=int, help="of a model that generates: how many images to draw (default: as in train.py, eval_samples)")
-    parser.add_argument("--steps", type=int, help="calls of the network for each of them (default: as trained, as are the next three)")
-    parser.add_argument("--sampler", choices=list(SAMPLERS))
-    parser.add_argument("--guidance", type=float, help="how far beyond the prediction without label")
-    parser.add_argument("--td", type=float, help="by which share of a step each step goes further")
+    add_sampling_arguments(parser)
     parser.add_argument("--no_judge", action="store_true", help="train no small classifier on the model's data to judge its images by")
     parser.add_argument("--inception", metavar="FILE", help="TorchScript network for FID and Inception Score: inception-2015-12-05.pt of "
                         "NVIDIA's stylegan2-ada-pytorch (it takes uint8 images and resizes by itself), or any that makes features (N, D), or "

@@ -22,7 +22,7 @@ from pycocotools import mask as mask_tools
 
 import data
 import tokenizer
-from diffusion import generate
+from diffusion import SAMPLERS, generate
 from model import NETWORKS, load_weights, reference_checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -97,6 +97,21 @@ def checkpoint_arguments(args):
     """The parsed arguments of `add_checkpoint_arguments` -> (path, what `load_model` takes as known)."""
     known = {key: getattr(args, key) for key in ("categories", "pieces") if getattr(args, key)}
     return args.ckpt, known | ({"image_size": (args.image_size,) * 2} if args.image_size else {})
+
+
+def add_sampling_arguments(parser):
+    """What sample.py and eval.py let the user say about generating."""
+    parser.add_argument("--steps", type=int, help="generate: calls of the network (default: as trained, as for the next three)")
+    parser.add_argument("--sampler", choices=list(SAMPLERS), help="generate: how noise is taken away")
+    parser.add_argument("--guidance", type=float, help="generate: how far beyond the prediction without label")
+    parser.add_argument("--td", type=float, help="generate: each step goes further by this share of a step")
+
+
+def set_sampling(c, args):
+    """Puts the parsed arguments of `add_sampling_arguments` into a model's configuration."""
+    for key, value in (("sample_steps", args.steps), ("sampler", args.sampler), ("guidance", args.guidance), ("td", args.td)):
+        if value is not None:
+            setattr(c, key, value)
 
 
 def make_vocab(c):
@@ -348,33 +363,16 @@ def tile(pictures, columns=4, gap=4):
 # ---------------------------------------------------------------------------------------------------------------
 # generated images
 
-def save_pictures(pixels, stem, columns=8, least=64, ms=150):
-    """Images (N, H, W, C) uint8 -> STEM.png, a grid, small ones enlarged to `least` pixels; clips (N, T, H, W, C) -> STEM.gif,
-    a grid that moves, `ms` a frame. Returns the file's name."""
-    zoom = max(1, round(least / pixels.shape[-2]))
-    if pixels.ndim == 4:
-        pictures = [Image.fromarray(p.squeeze(-1) if p.shape[-1] == 1 else p) for p in pixels]
-        tile([p.resize((p.width * zoom, p.height * zoom), Image.NEAREST) for p in pictures], columns, gap=2).save(f"{stem}.png")
-        return f"{stem}.png"
-    pictures = [[Image.fromarray(p.squeeze(-1) if p.shape[-1] == 1 else p) for p in frame] for frame in pixels.swapaxes(0, 1)]
-    frames = [tile([p.resize((p.width * zoom, p.height * zoom), Image.NEAREST) for p in frame], columns, gap=2) for frame in pictures]
-    frames[0].save(f"{stem}.gif", save_all=True, append_images=frames[1:], duration=ms, loop=0)
-    return f"{stem}.gif"
-
-
 def known_frames(c, count):
     """The first held-out clips of a model's data -> their first cond_frames, (count, C, cond_frames, H, W) in [0, 1]."""
     source, rng = data.make_source(c, "val", "gen"), np.random.default_rng(0)
     c = SimpleNamespace(**{**vars(c), "flip": False})
-    pixels = np.stack([data.EXAMPLES["gen"](source[i % len(source)], c, rng)["pixels"] for i in range(count)])
+    pixels = np.stack([data.gen_example(source[i % len(source)], c, rng)["pixels"] for i in range(count)])
     return data.to_floats(torch.from_numpy(pixels), "cpu")[:, :, :c.model.cond_frames]
 
 
 def sample_images(model, c, args):
     """Draw new images or clips into args.out, a strip of how they came about with args.strip. Returns the report."""
-    for key, value in (("sample_steps", args.steps), ("sampler", args.sampler), ("guidance", args.guidance), ("td", args.td)):
-        if value is not None:
-            setattr(c, key, value)
     device, names = next(model.parameters()).device, [category["name"] for category in c.categories]
     count, labels = args.count or 64, None
     if args.class_name is not None and (args.class_name not in names or not c.model.num_classes):
@@ -392,15 +390,15 @@ def sample_images(model, c, args):
         pixels = generate(model, c, part.stop - first, None if labels is None else labels[part], None if known is None else known[part], generator, keep)
         parts.append(pixels if known is None else torch.cat([known[part], pixels], 2))
     os.makedirs(args.out, exist_ok=True)
-    pictures = [save_pictures(data.to_pixels(torch.cat(parts)), os.path.join(args.out, "samples"))]
+    pictures = [data.save_grid(data.to_pixels(torch.cat(parts)), os.path.join(args.out, "samples"))]
     if steps:
         chosen = [steps[round(i * (len(steps) - 1) / 9)] for i in range(10)]
         film = torch.stack(chosen, 1)                  # (8, 10, C, H, W), of a video (8, 10, C, T, H, W): its last frame stands for it
         film = film[:, :, :, -1] if film.ndim == 6 else film
-        pictures.append(save_pictures(data.to_pixels(film.flatten(0, 1)), os.path.join(args.out, "strip"), columns=10))
+        pictures.append(data.save_grid(data.to_pixels(film.flatten(0, 1)), os.path.join(args.out, "strip"), columns=10))
         last = torch.stack(steps + steps[-1:] * (len(steps) // 4 + 1), 2)      # (8, C, steps, ...)
         last = last[:, :, :, -1] if last.ndim == 6 else last
-        pictures.append(save_pictures(data.to_pixels(last), os.path.join(args.out, "denoising"), columns=4, ms=80))
+        pictures.append(data.save_grid(data.to_pixels(last), os.path.join(args.out, "denoising"), columns=4, ms=80))
     return {"pictures": pictures, "samples": count, "seed": args.seed, "steps": c.sample_steps, "sampler": c.sampler, "guidance": c.guidance,
             "td": c.td, "classes": None if labels is None else [names[label] for label in labels.tolist()]}
 
@@ -417,11 +415,8 @@ def main():
     parser.add_argument("--boxes", nargs="+", metavar="X,Y,W,H,NAME", help="what to segment and to find the joints of, in pixels (default: what "
                         "the model detects; for one that does not, the true boxes of held-out items)")
     parser.add_argument("--attention", action="store_true", help="also draw where the tokens of each object looked")
+    add_sampling_arguments(parser)
     parser.add_argument("--class", dest="class_name", metavar="NAME", help="generate: only this class (default: all in turn)")
-    parser.add_argument("--steps", type=int, help="generate: calls of the network (default: as trained, as for the next three)")
-    parser.add_argument("--sampler", help="generate: ddim, ddpm, ddpm@large or ddpm@small")
-    parser.add_argument("--guidance", type=float, help="generate: how far beyond the prediction without label")
-    parser.add_argument("--td", type=float, help="generate: each step goes further by this share of a step")
     parser.add_argument("--strip", action="store_true", help="generate: also a strip and a GIF of how images came out of noise")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument("--device", default="auto")
@@ -432,6 +427,9 @@ def main():
         path, known = checkpoint_arguments(args)
         model, c = load_model(path, device, **known)
         if c.tasks == "gen":
+            if args.images or args.task not in (None, "gen"):
+                raise ValueError("this model generates: it takes no images and no other task")
+            set_sampling(c, args)
             return print(json.dumps(sample_images(model, c, args), indent=1))
         tasks = pick_tasks(args.task, c)
         for key in ("temperature", "top_p"):

@@ -2,7 +2,8 @@
 
 Recipes of Pix2Seq (arXiv 2109.10852, section 3.1 and appendix; several tasks at once: 2206.07669) are presets; every field of
 a preset can be changed on the command line. The same command goes on from the last checkpoint after any interruption. Under
-torchrun the global batch is shared out, with the same result. Left out: model and pipeline parallelism.
+torchrun the global batch is shared out, with the same result but for the noise of dropout and diffusion. Left out: model and
+pipeline parallelism.
 
     python train.py                                     # det_shapes: from nothing to boxes in minutes on a CPU
     python train.py det_coco_vit_b --data_dir=coco --lr=1e-4
@@ -36,8 +37,7 @@ from diffusion import PRED_TYPES, RGB_CODES, SAMPLERS, check_choice, denoising_l
 from eval import evaluate, evaluate_generation
 from model import (SIZES, Pix2SeqConfig, RINConfig, UNetConfig, adapt_weights, build, count_parameters, load_reference_weights, load_weights,
                    read_reference_checkpoint, token_loss)
-from sample import (TASKS, draw, is_reference, look, make_pieces, make_vocab, pick_device, read_checkpoint, read_weights, save_pictures, tile,
-                    true_boxes)
+from sample import TASKS, draw, is_reference, look, make_pieces, make_vocab, pick_device, read_checkpoint, read_weights, tile, true_boxes
 from tokenizer import CLASS_SHIFT, Vocab
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ ADAM_UNET = Config(tasks="gen", weight_decay=0.0, lr=1e-4, warmup_steps=10_000, 
 def generation_presets():
     """{name: Preset} of what generates."""
     yield "gen_shapes", Preset(DRAWN, "drawn shapes of a class, 32 px, UNet", "2 CPU cores",
-                                    "measured on one core: 1.00 of 200 samples judged right after 14.4 minutes")
+                               "measured on one core: 1.00 of 200 samples judged right after 14.4 minutes")
     yield "gen_shapes_rin", Preset(replace(DRAWN, model=SMALL_RIN, self_cond_rate=0.9, self_cond_masking=True), "the same with a RIN", "2 CPU cores", NOT_RUN)
     yield "bits_shapes", Preset(
         replace(DRAWN, model=replace(DRAWN.model, sample_size=(16, 16), in_stride=1, channels=24), bits="uint8"),
@@ -456,7 +456,7 @@ class Run:
             if task not in TASKS and not self.generates:
                 raise ValueError(f"--tasks={config.tasks}: unknown task {task!r}, expected some of {','.join(TASKS)}, or gen")
         if self.generates == isinstance(config.model, Pix2SeqConfig):
-            raise ValueError(f"--tasks={config.tasks}: the network of this preset, {type(config.model).__name__}, is for {'others' if self.generates else 'gen'}")
+            raise ValueError(f"--tasks={config.tasks}: the network of this preset, {type(config.model).__name__}, is for {','.join(TASKS) if self.generates else 'gen'}")
         self.task_weights = dict(zip(self.tasks, self.numbers("task_weights", config.task_weights, float) or [1.0] * len(self.tasks)))
         self.batches = dict(zip(self.tasks, self.numbers("task_batches", config.task_batches, int) or [config.batch_size] * len(self.tasks)))
         self.images = sum(self.batches.values())       # of a step
@@ -656,7 +656,7 @@ class Run:
             metrics, samples = evaluate_generation(model, self.predictor, batch_size=size, judge=c.judge and limit is None, count=limit or c.eval_samples,
                                                    dtype=self.dtype)
             if self.rank == 0 and c.pictures:
-                save_pictures(samples, f"{c.out}/step_{step:07d}")
+                data.save_grid(samples, f"{c.out}/step_{step:07d}")
             return {"gen": metrics}
         metrics, _ = evaluate(model, self.predictor, self.tasks, "val", "own" if "det" in self.tasks else "truth",
                               batch_size=size, workers=self.workers, limit=limit, dtype=self.dtype)
@@ -691,10 +691,13 @@ def merge_categories(sources):
     return list(merged.values())
 
 
-# What the best checkpoint is chosen by, averaged over tasks.
-HEADLINE = {"det": lambda m: m["AP"], "seg": lambda m: m["AP"], "kpt": lambda m: m["AP"], "cap": lambda m: m["ROUGE_L"], "gen": lambda m: -m["loss"]}
 LOGGED = ("AP", "AP50", "AP75", "BLEU_4", "ROUGE_L", "CIDEr", "exact", "loss", "class_accuracy", "judge_accuracy", "frechet", "frechet_real",
           "frame_error", "copy_error")
+
+
+def headline(task, metrics):
+    """The number of a task's metrics that the best checkpoint is chosen by, averaged over tasks; more is better."""
+    return -metrics["loss"] if task == "gen" else metrics["ROUGE_L" if task == "cap" else "AP"]
 
 
 class Log:
@@ -766,7 +769,7 @@ def train(run):
             metrics = run.evaluate(step, None if done or not c.eval_images else c.eval_images)
             if run.rank == 0:
                 log(step, **{f"{task}_{name}": value for task, m in metrics.items() for name, value in m.items() if name in LOGGED})
-                score = sum(HEADLINE[task](metrics[task]) for task in run.tasks) / len(run.tasks)
+                score = sum(headline(task, metrics[task]) for task in run.tasks) / len(run.tasks)
                 if score > best:
                     best = score
                     save(f"{c.out}/best.pt", run.checkpoint(step, best, optimizer=False))
@@ -867,7 +870,7 @@ def bench(run):
 
     forward_ms, both_ms = median_ms(forward, repeats, warm), median_ms(backward, repeats, warm)
     step_ms = median_ms(lambda: run.step(parts, 1, False), repeats, warm)
-    tokens = sum(part["inputs" if "inputs" in part else "weights"].numel() for part in sum(parts.values(), []))
+    tokens = sum(part["weights"].numel() for part in sum(parts.values(), []))              # in generation, as many as images
     run.say(f"{run.name} on {run.world} x {torch.cuda.get_device_name() if device.type == 'cuda' else device.type}, {run.dtype}, "
             f"{run.images} images a step, compile {'on' if run.compiled else 'off'}\n"
             f"data       {data_ms:9.1f} ms   {1000 * run.images / data_ms:9.1f} img/s from {run.workers} workers a task\n"

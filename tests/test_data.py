@@ -321,3 +321,12 @@ def test_making_a_loader_draws_nothing_from_the_global_generator():
     before = torch.get_rng_state()
     batches(0, steps=1)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_sentence_names_the_directions_in_which_two_things_are_apart():
+    thing = lambda kind, y, x: data.Thing(kind, "red", y, x, 0.1, np.zeros((4, 2)))
+    a, right, corner = thing("circle", 0.2, 0.2), thing("square", 0.3, 0.8), thing("square", 0.7, 0.8)
+    assert data.describe([a]) == ["a red circle"]
+    assert data.describe([a, right]) == ["a red circle left of a red square", "a red square right of a red circle"]
+    assert data.describe([a, corner]) == ["a red circle above a red square", "a red circle left of a red square",
+                                          "a red square below a red circle", "a red square right of a red circle"]

@@ -16,7 +16,7 @@ from PIL import Image
 
 import data
 import train
-from diffusion import condition, denoising_loss, generate, pixels_to_x0, x0_to_pixels
+from diffusion import as_denoiser, condition, denoising_loss, generate, pixels_to_x0, x0_to_pixels
 from model import RIN, RINConfig, UNet, UNetConfig, build
 from sample import load_model, read_checkpoint
 from train import PRESETS, Config
@@ -114,6 +114,16 @@ def test_noise_of_a_loss_at_given_times_is_the_generators():
     assert loss(1) == loss(1) != loss(2)
 
 
+def test_a_normalised_input_has_unit_deviation_and_bits_by_sigmoid_are_expected_bits():
+    c = recipe(replace(TINY_UNET, channels=24), normalize_input=True, pred_type="x_sigmoid_xent", bits="uint8", b_scale=0.5)
+    seen = []
+    network = lambda x, *rest: seen.append(x) or torch.full_like(x, 100.0)
+    x_t = 7 * torch.randn(3, 24, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(as_denoiser(network, c)(x_t, None, None, None), torch.tensor(0.5))
+    assert torch.allclose(as_denoiser(network, c, logits=True)(x_t, None, None, None), torch.tensor(100.0))
+    assert torch.allclose(seen[0].std((1, 2, 3), correction=0), torch.ones(3), atol=1e-5)
+
+
 # whole runs
 
 def shrunk(config):
@@ -185,6 +195,12 @@ def test_a_generating_run_leaves_its_grid_and_says_its_loss(finished):
     assert {"best.pt", "last.pt", "step_0000004.png"} <= set(os.listdir(folder)) and re.search(r"gen: loss \d\.\d+, 4 samples", output), output
 
 
+@pytest.mark.parametrize("preset", [SMALL[0], "video_shapes"])
+def test_the_speed_of_a_generating_run_is_measured(preset, tmp_path):
+    output = run("train.py", preset, *SMALL[1:], "--bench", f"--out={tmp_path}").stdout
+    assert "one, in 3 steps" in output and re.search(r"step +\d+\.\d ms", output), output
+
+
 def test_a_killed_generating_run_ends_bit_identical(finished, tmp_path):
     folder = str(tmp_path / "run")
     process = subprocess.Popen([sys.executable, os.path.join(ROOT, "train.py"), *SMALL, f"--out={folder}"], stdout=subprocess.PIPE, text=True,
@@ -221,9 +237,11 @@ def test_a_class_is_asked_for_by_name_and_a_strip_shows_every_tenth_of_the_way(f
     assert report["classes"] == ["square"] * 2 and (report["steps"], report["sampler"]) == (5, "ddpm")
     assert {"samples.png", "strip.png", "denoising.gif"} <= set(os.listdir(tmp_path))
     refused = run("sample.py", *arguments, "--class=cube", check=False)
-    assert refused.returncode == 1 and "expected" in refused.stderr or "knows circle, square" in refused.stderr
+    assert refused.returncode == 1 and "this model knows circle, square, triangle, figure" in refused.stderr
+    refused = run("sample.py", "photo.jpg", *arguments, check=False)
+    assert refused.returncode == 1 and "takes no images" in refused.stderr
     refused = run("sample.py", *arguments, "--sampler=euler", check=False)
-    assert refused.returncode == 1 and "choices: ddim" in refused.stderr and "Traceback" not in refused.stderr
+    assert refused.returncode == 2 and "invalid choice: 'euler'" in refused.stderr
 
 
 def test_a_video_model_goes_on_from_known_frames(tmp_path):

@@ -86,7 +86,7 @@ def test_clips_are_written_as_a_gif(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["data.py", "--clips", f"{tmp_path}/a.gif", "--size", "16"])
     data.main()
     with Image.open(tmp_path / "a.gif") as gif:
-        assert gif.n_frames == 16 and gif.size == (64, 64)
+        assert gif.n_frames == 16 and gif.size == (4 * 64 + 3 * 2,) * 2             # 4 x 4, each enlarged four times
 
 
 # mnist
