@@ -246,7 +246,8 @@ class Shapes:
 
 
 class ShapeClips:
-    """One drawn thing, at rest in an image or moving through a clip. Item i of a split is a pure function of (seed, split, i)."""
+    """One drawn thing on a plain ground, at rest in an image or moving through a clip. Item i of a split is a pure function of
+    (seed, split, i)."""
     endless, classes = True, list(KINDS)
 
     def __init__(self, split, size=32, frames=1, seed=0, count=None):
@@ -261,7 +262,8 @@ class ShapeClips:
         """
         rng = np.random.default_rng([self.seed, SPLITS[self.split], i, 2])       # 2: not the scenes of Shapes
         label, color = int(rng.integers(len(KINDS))), list(COLORS)[rng.integers(len(COLORS))]
-        thing, background = random_thing(rng, KINDS[label], color, 0.22, 0.36), random_background(rng, self.size)
+        thing = random_thing(rng, KINDS[label], color, 0.22, 0.36)
+        background = Image.new("RGB", (self.size, self.size), tuple(rng.integers(40, 130, 3).tolist()))
         turn, speed = rng.uniform(0, 2 * np.pi), rng.uniform(0.03, 0.08)
         path = (thing.y, thing.x) + speed * np.arange(self.frames)[:, None] * (np.sin(turn), np.cos(turn))
         low, room = thing.radius + 0.01, 0.98 - 2 * thing.radius                # a straight line, folded at both ends of the room
