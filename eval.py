@@ -38,8 +38,9 @@ from tqdm import tqdm
 import data
 import tokenizer
 from diffusion import denoising_loss, generate
-from sample import (add_checkpoint_arguments, add_joints, add_sampling_arguments, checkpoint_arguments, find_checkpoint, is_reference, load_model, look,
-                    make_pieces, make_vocab, mask_of, objects_in_image, pick_device, pick_tasks, set_sampling, to_rle, true_boxes)
+from sample import (add_checkpoint_arguments, add_joints, add_sampling_arguments, checkpoint_arguments, find_checkpoint, is_reference,
+                    load_model, look, make_pieces, make_vocab, mask_of, objects_in_image, pick_device, pick_tasks, set_sampling, to_rle,
+                    true_boxes)
 
 # ---------------------------------------------------------------------------------------------------------------
 # processes of torchrun

@@ -89,6 +89,15 @@ def test_clips_are_written_as_a_gif(tmp_path, monkeypatch):
         assert gif.n_frames == 16 and gif.size == (4 * 64 + 3 * 2,) * 2             # 4 x 4, each enlarged four times
 
 
+def test_a_grid_is_filled_row_by_row_with_white_between_and_after(tmp_path):
+    grey = np.arange(10, 60, 10, dtype=np.uint8).reshape(5, 1, 1, 1).repeat(2, 1).repeat(2, 2)                # five images, 2 x 2, grey
+    assert data.save_grid(grey, f"{tmp_path}/a", columns=3, side=4, gap=1) == f"{tmp_path}/a.png"
+    with Image.open(tmp_path / "a.png") as picture:
+        pixels = np.asarray(picture)
+    assert pixels.shape == (9, 14) and (pixels[:4, 4] == 255).all() and (pixels[4] == 255).all() and (pixels[5:, 10:] == 255).all()
+    assert [pixels[y, x] for y in (3, 8) for x in (3, 8, 13)] == [10, 20, 30, 40, 50, 255]
+
+
 # mnist
 
 def idx(array):
