@@ -1,16 +1,15 @@
-"""How good is a model? Average precision of boxes, masks and joints; scores of captions; how real and how right generated images are.
+"""How good is a model? Average precision, scores of captions, and how real samples are.
 
-Boxes, masks and joints by pycocotools (cocodataset.org/#detection-eval), captions by BLEU, ROUGE-L and CIDEr; results in COCO's
-own formats, so that its server takes them. Under torchrun every process predicts a share of the images. `--truth` feeds the
-tokenised truth through decoding as if predicted, which shows the ceiling that tokens set. Generated images by held-out loss, by a
-small classifier trained on the spot, and by FID (1706.08500) and Inception Score (1606.03498) with a network of the user's; videos
-also by the error of their frames. Left out: test sets without labels; precision and recall of samples.
+Boxes, masks and keypoints are scored by pycocotools (cocodataset.org/#detection-eval), captions by
+BLEU, ROUGE-L and CIDEr, samples by held-out loss, by a proxy classifier trained on the spot, and by
+FID (1706.08500) and Inception Score (1606.03498) with a network of the user's. Results are written
+in COCO's formats. Under torchrun every process predicts a part of the items.
+Left out: test sets without labels; precision and recall of samples.
 
-    python eval.py                                                   # the newest run on its held-out data
-    torchrun --nproc_per_node=8 eval.py --ckpt=out/multi_coco_vit_b --data_dir=coco --task=seg --boxes=truth
-    python eval.py --ckpt=out/gen_cifar10 --samples=50000 --batch_size=250 --inception=inception-2015-12-05.pt
+    python eval.py                                      # the newest run on its held-out data
+    torchrun --nproc_per_node=8 eval.py --ckpt=out/seg_coco_vit_b --data_dir=coco --boxes=truth
+    python eval.py --ckpt=out/gen_cifar10_rin --eval_samples=50000 --inception=inception.pt
 """
-import argparse
 import contextlib
 import hashlib
 import importlib.util
@@ -22,58 +21,282 @@ import re
 import shutil
 import sys
 import time
-import warnings
 import zipfile
 from collections import Counter
-from types import SimpleNamespace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
-import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
 import data
+import sample
 import tokenizer
-from diffusion import denoising_loss, generate
-from sample import (add_checkpoint_arguments, add_joints, add_sampling_arguments, checkpoint_arguments, find_checkpoint, is_reference,
-                    load_model, look, make_pieces, make_vocab, mask_of, objects_in_image, pick_device, pick_tasks, set_sampling, to_rle,
-                    true_boxes)
+from model import Device
+from sample import PREDICT, Inputs, predict
 
-# ---------------------------------------------------------------------------------------------------------------
-# processes of torchrun
-
-def processes():
-    """(this process's number, how many there are)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)             # times t at which the loss of generation is taken
+PASSES = (("det", "seg"), ("kpt",), ("cap",), ("gen",))        # tasks that share their predictions
 
 
-def share_out(count, batch_size):
-    """This process's batches of the numbers below count: whole ones, so that results do not depend on how many processes share."""
-    rank, world = processes()
-    return [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)][rank::world]
+def evaluate(model, c, split, device, tasks=None, limit=None, boxes="own", truth=False, **options):
+    """Predicts a split of the model's data and scores the predictions.
+
+    limit:   only so many items, and no proxy classifier: a look in between
+    boxes:   what seg and kpt are asked about: "own" detections, "truth", or {image_id: objects}
+    truth:   decode the encoded truth in place of predictions: the ceiling that tokens set
+    options: batch_size, workers and seed, see `predict_items`
+    Returns {task: {name: number}}, empty on all processes but the first, and {task: {item:
+    prediction}}. The first number of a task, the more the better, chooses the best checkpoint.
+    DataError if no item can be read.
+    """
+    if limit:
+        c = replace(c, sampling=replace(c.sampling, proxy_classifier=False))
+    training = model.training
+    model.eval()
+    metrics, predictions = {}, {}
+    # Masks and keypoints of given boxes say nothing about detection, which gets its own pass then.
+    shared = boxes == "own" and not truth
+    for group in PASSES if shared else [(task,) for task in SCORE]:
+        group = [task for task in group if task in (tasks or c.data.tasks)]
+        if not group:
+            continue
+        source = data.make_source(c, split, group[0])
+        items = ITEMS[group[0]](source, c)[:limit or None]
+        table = TRUTH if truth else PREDICT
+        found = predict_items(model, source, items, c, group, device, table, boxes, **options)
+        for task in group:
+            predictions[task] = found
+            if device.first:
+                metrics[task] = SCORE[task](found, source, c, device)
+    model.train(training)
+    return metrics, predictions
 
 
-def gather(mine):
-    """A list, one thing for each of this process's batches -> those of all processes, in the order of the batches."""
-    world = processes()[1]
-    if world == 1:
-        return mine
-    shares = [None] * world
-    dist.all_gather_object(shares, mine)
-    return [shares[i % world][i // world] for i in range(sum(map(len, shares)))]
+def predict_items(
+        model, source, items, c, tasks, device, table, boxes="own", batch_size=16, workers=0,
+        seed=0):
+    """{image_id, or number of the sample: prediction} of a source's items, shared out in whole
+    batches, so that the result does not depend on how many processes there are."""
+    starts = range(0, len(items), batch_size)[device.rank::device.world]
+    batches = [items[i:i + batch_size] for i in starts]
+    loader = data.make_loader(data.EvalSet(source), batches, list, workers)
+    quiet = not device.first or not sys.stderr.isatty()
+    mine = []
+    for start, batch in zip(starts, tqdm(loader, "evaluate", disable=quiet, leave=False)):
+        keys, records, skipped = [], [], []
+        for n, item in enumerate(batch, start):
+            if isinstance(item, str):                  # the message about one that cannot be read
+                skipped.append(item)
+            else:
+                keys.append(item.get("image_id", n))
+                records.append(item)
+        objects = None
+        if {"seg", "kpt"} & set(tasks) and boxes == "truth":
+            objects = [sample.true_objects(record, source.categories) for record in records]
+        elif {"seg", "kpt"} & set(tasks) and boxes != "own":
+            objects = [boxes.get(key, []) for key in keys]
+        generator = device.generator(seed * 1_000_003 + start)
+        inputs = Inputs(records, c, objects, generator, LEVELS)
+        with device.autocast():
+            said = predict(model, inputs, c, tasks, table) if records else []
+        mine.append((dict(zip(keys, said)), skipped))
+    shares, found, left_out = device.gather(mine), {}, []
+    for n in range(len(shares[0])):                    # back in the order of the batches
+        for said, skipped in (share[n] for share in shares if n < len(share)):
+            found |= said
+            left_out += skipped
+    for message in left_out if device.first else ():
+        tqdm.write(f"warning: left out of the evaluation: {message}", file=sys.stderr)
+    if not found:
+        reason = left_out[0] if left_out else "the split is empty"
+        raise data.DataError(f"no item to evaluate for {', '.join(tasks)}: {reason}")
+    return found
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# boxes, masks, joints
+def every_item(source, c):
+    return range(len(source))
 
-BOX_METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large")
-METRICS = {"det": BOX_METRICS, "seg": BOX_METRICS,
-           "kpt": ("AP", "AP50", "AP75", "AP_medium", "AP_large", "AR", "AR50", "AR75", "AR_medium", "AR_large")}
-COCO_NAMES = {"det": "bbox", "seg": "segm", "kpt": "keypoints"}
-JOINT_SIGMA = 0.089                                    # of joints that COCO does not know: as strict as for its ankles
+
+def random_items(source, c):
+    """As many items as samples are asked for: files are often sorted by class, so shuffled."""
+    orders = -(-c.sampling.eval_samples // len(source))
+    rng = np.random.default_rng(0)
+    order = np.arange(c.sampling.eval_samples)
+    if not source.endless:
+        order = np.concatenate([rng.permutation(len(source)) for _ in range(orders)])
+    return order[:c.sampling.eval_samples].tolist()
+
+
+ITEMS = dict.fromkeys(("det", "seg", "kpt", "cap"), every_item) | {"gen": random_items}
+
+
+# --------------------------------------------------------------------------------------------------
+# SCORE[task](predictions, truth, c, device) -> {name: number}
+
+BOX_METRICS = (
+    "AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",
+    "AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large")
+KEYPOINT_METRICS = (
+    "AP", "AP50", "AP75", "AP_medium", "AP_large", "AR", "AR50", "AR75", "AR_medium", "AR_large")
+# of each task: pycocotools' name, its metrics, and where an object has its result and its score
+COCO_TASKS = {
+    "det": ("bbox", BOX_METRICS, "bbox", "score"),
+    "seg": ("segm", BOX_METRICS, "segmentation", "score"),
+    "kpt": ("keypoints", KEYPOINT_METRICS, "keypoints", "keypoint_score"),
+}
+
+
+def score_objects(task, predictions, truth, c, device=None):
+    """COCO's average precision and recall. No predictions give AP 0; a number for which the truth
+    has no object is -1, as in pycocotools."""
+    truth = truth.truth(task)
+    known = {category["id"] for category in truth["categories"]}
+    results = [r for r in coco_results(task, predictions) if r["category_id"] in known]
+    return average_precision(truth, results, predictions, task) | {"images": len(predictions)}
+
+
+def coco_results(task, predictions):
+    """Predictions -> a list in COCO's format of results."""
+    _, _, key, score = COCO_TASKS[task]
+    return [
+        {"image_id": i, "category_id": obj["category_id"], key: obj[key], "score": obj[score]}
+        for i, prediction in predictions.items()
+        for obj in prediction["objects"] if key in obj]
+
+
+# ==== reference ===================================================================================
+# the other tasks' scores, and the table
+
+def score_captions(predictions, truth, c, device=None):
+    """ROUGE-L, CIDEr, BLEU, and the fraction that is exactly one of the references."""
+    references = {}
+    for annotation in truth.truth("cap")["annotations"]:
+        references.setdefault(annotation["image_id"], []).append(annotation["caption"].strip())
+    written = {i: p["caption"] for i, p in predictions.items() if i in references}
+    exact = sum(text in references[i] for i, text in written.items()) / max(len(written), 1)
+    scores = caption_scores(written, {i: references[i] for i in written})
+    return scores | {"exact": round(exact, 5), "images": len(written)}
+
+
+def score_samples(predictions, truth, c, device=None):
+    """How real samples are, and how right.
+
+    minus_loss, loss, loss_at   mean over LEVELS, on the held-out items; at each of them
+    class_accuracy   fraction of samples that the proxy classifier takes for their label
+    proxy_accuracy   fraction of held-out items that it takes for theirs: how far to trust it
+    frechet          distance of samples to training data, in its features
+    frechet_real     the same of as many held-out items: a floor, the higher the fewer they are
+    fid, inception_score(_std)   with the network c.sampling.inception
+    frame_error      mean square error of predicted frames, colours in [0, 1]; copy_error: of
+                     repeating the last context frame
+    """
+    device = device or Device("cpu")
+    pixels, labels, losses = (
+        np.stack([p[key] for p in predictions.values()]) for key in ("pixels", "label", "losses"))
+    first = c.model.cond_frames                        # where a clip's predicted frames begin
+    loss_at = dict(zip(map(str, LEVELS), losses.mean(0).tolist()))
+    loss = float(losses.mean())
+    metrics = {"minus_loss": -loss}
+    train = data.make_source(c, "train", "gen")
+    if c.sampling.proxy_classifier and train.classes:
+        metrics |= proxy_scores(pixels[:, first:], labels, truth, train, c, device)
+    if c.sampling.inception:
+        metrics |= inception_scores(pixels[:, first:], train, c, device)
+    if first:
+        items = random_items(truth, c)
+        past, guess = pixels[:, first - 1:first] / 255, pixels[:, first:] / 255
+        future = np.stack([truth[items[n]]["pixels"][first:] for n in predictions]) / 255
+        metrics["frame_error"] = float(np.square(guess - future).mean())
+        metrics["copy_error"] = float(np.square(past - future).mean())
+    return metrics | {"loss": loss, "loss_at": loss_at, "samples": len(pixels)}
+
+
+SCORE = {
+    "det": partial(score_objects, "det"),
+    "seg": partial(score_objects, "seg"),
+    "kpt": partial(score_objects, "kpt"),
+    "cap": score_captions,
+    "gen": score_samples,
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# TRUTH[task](model, inputs, c): what a model would say that predicts every token of the truth
+
+def true_tokens(inputs, c):
+    """Of each record: record, view, and its objects without crowds as boxes (1, N, 4), fractions
+    of the canvas, labels (1, N) and their numbers."""
+    for record, view in zip(inputs.records, inputs.views):
+        real = np.flatnonzero(~record["iscrowd"])
+        boxes = data.view_boxes(view, record["boxes"][real])
+        padded = data.pad_objects(view, boxes, record["labels"][real], len(real))
+        boxes, labels = (torch.from_numpy(padded[key])[None] for key in ("boxes", "labels"))
+        yield record, view, boxes, labels, real
+
+
+def true_detection(model, inputs, c):
+    said = []
+    most, size = c.data.max_objects, c.vocab.text_shift
+    for _, view, boxes, labels, _ in true_tokens(inputs, c):
+        tokens = tokenizer.encode_detection(boxes[:, :most], labels[:, :most], c.vocab).targets
+        certain = torch.full((*tokens.shape, size), -math.inf).scatter(-1, tokens[..., None], 0.0)
+        said += sample.read_objects([view], tokens, certain[..., c.vocab.classes], c)
+    return [{"objects": objects} for objects in said]
+
+
+def true_masks(model, inputs, c):
+    said = []
+    for record, view, _, labels, real in true_tokens(inputs, c):
+        objects = sample.true_objects(record, c.categories)
+        polygons = [record["polygons"][i] for i in real]
+        points = data.polygon_points(view, polygons, len(real), c.data.max_points)
+        tokens = tokenizer.encode_points(torch.from_numpy(points)[None], labels, c.vocab)
+        for obj, row in zip(objects, tokenizer.decode_points(tokens, c.vocab)[0]):
+            sample.add_mask(obj, view, row[None], record["image"].size)
+        said.append({"objects": objects})
+    return said
+
+
+def true_keypoints(model, inputs, c):
+    said = []
+    for record, _, _, labels, real in true_tokens(inputs, c):
+        objects = sample.true_objects(record, c.categories)
+        for n, (obj, i) in enumerate(zip(objects, real)):
+            if not record["keypoints"][i, :, 2].any():
+                continue                               # the truth does not know this one's
+            crop = sample.keypoint_view(record["image"], obj["bbox"], c)
+            points = torch.from_numpy(data.keypoint_points(crop, record["keypoints"][i]))[None]
+            tokens = tokenizer.encode_points(points, labels[0, n:n + 1], c.vocab)
+            points = tokenizer.decode_points(tokens, c.vocab)[0].numpy()
+            sample.add_keypoints(obj, crop, points, 1.0)
+        said.append({"objects": objects})
+    return said
+
+
+def true_captions(model, inputs, c):
+    texts = [(record["captions"] or [""])[0] for record in inputs.records]
+    tokens = tokenizer.encode_captions(texts, c.vocab, c.data.caption_length).targets
+    return [{"caption": text} for text in tokenizer.decode_captions(tokens, c.vocab)]
+
+
+TRUTH = {
+    "det": true_detection,
+    "seg": true_masks,
+    "kpt": true_keypoints,
+    "cap": true_captions,
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# average precision
+
+KEYPOINT_SIGMA = 0.089             # of keypoints COCO does not know: as strict as for its ankles
 
 
 def coco_index(truth):
@@ -86,48 +309,57 @@ def coco_index(truth):
 
 
 def average_precision(truth, results, image_ids, task="det"):
-    """COCO truth and results (list of {image_id, category_id, score, and bbox, segmentation or keypoints}) -> the numbers of
-    COCO's metric, by name. No results at all give AP 0; a number for which the truth has no object is -1, as in pycocotools."""
+    """COCO truth and results (list of {image_id, category_id, score, and bbox, segmentation or
+    keypoints}) -> the numbers of COCO's metric, by name."""
     coco = coco_index(truth)
+    kind, names, _, _ = COCO_TASKS[task]
     with contextlib.redirect_stdout(io.StringIO()):
-        found = coco.loadRes([dict(r) for r in results]) if results else coco_index({**truth, "annotations": []})
-        run = COCOeval(coco, found, COCO_NAMES[task])
+        if results:
+            predictions = coco.loadRes([dict(result) for result in results])
+        else:
+            predictions = coco_index({**truth, "annotations": []})
+        run = COCOeval(coco, predictions, kind)
         run.params.imgIds = sorted(image_ids)
-        if task == "kpt":
-            joints = max((len(a["keypoints"]) // 3 for a in truth["annotations"] if "keypoints" in a), default=17)
-            if joints != len(run.params.kpt_oks_sigmas):
-                run.params.kpt_oks_sigmas = np.full(joints, JOINT_SIGMA)
+        counts = [len(a["keypoints"]) // 3 for a in truth["annotations"] if "keypoints" in a]
+        if kind == "keypoints" and counts and max(counts) != len(run.params.kpt_oks_sigmas):
+            run.params.kpt_oks_sigmas = np.full(max(counts), KEYPOINT_SIGMA)
         run.evaluate()
         run.accumulate()
         run.summarize()
-    return {name: round(float(value), 5) for name, value in zip(METRICS[task], run.stats)}
+    return {name: round(float(value), 5) for name, value in zip(names, run.stats)}
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # captions: n-grams in common with what people wrote
 
-CAPTION_METRICS = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "ROUGE_L", "CIDEr")
 BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
-WORD = re.compile(r"""(?:mrs?|ms|dr|st|ave|jr|sr|vs|etc|no(?=\.[ ]\d))\. | (?:[^\W\d_]\.){2,}    # mr.  no. 5  u.s.
-    | \d+(?:[.,:/]\d+)+ | \w+?(?=n't\b) | n't\b | '(?:s|m|d|re|ve|ll|\d0s)\b    # 1,000  10:30  is n't  man 's  '80s
-    | \w+(?:[-/.]\w+ | '(?!(?:s|m|d|re|ve|ll)\b)\w+)* | [!?]{2,} | [][(){}<>&@#$%*+=/~]    # two-story  o'clock  &
+WORD = re.compile(r"""
+    (?:mrs?|ms|dr|st|ave|jr|sr|vs|etc|no(?=\.[ ]\d))\.             # mr.  no. 5
+    | (?:[^\W\d_]\.){2,}                                          # u.s.
+    | \d+(?:[.,:/]\d+)+                                           # 1,000  10:30
+    | \w+?(?=n't\b) | n't\b                                       # is n't
+    | '(?:s|m|d|re|ve|ll|\d0s)\b                                  # man 's  '80s
+    | \w+(?:[-/.]\w+ | '(?!(?:s|m|d|re|ve|ll)\b)\w+)*             # two-story  o'clock
+    | [!?]{2,} | [][(){}<>&@#$%*+=/~]
     """, re.VERBOSE)
 
 
 def caption_words(text):
-    """str -> list of words, close to the Penn Treebank tokeniser that pycocoevalcap runs: lower case, punctuation
-    removed (but neither brackets nor "!!", as there), "isn't" -> is n't, "man's" -> man 's, "two-story" in one piece."""
+    """str -> list of words, close to the Penn Treebank tokeniser that pycocoevalcap runs: lower
+    case, punctuation removed (but neither brackets nor "!!", as there), "isn't" -> is n't, "man's"
+    -> man 's, "two-story" in one piece."""
     text = re.sub(r"\bcannot\b", "can not", text.lower().replace("\u2019", "'"))
     return [BRACKETS.get(word, word) for word in WORD.findall(text)]
 
 
 def official_words(texts):
-    """list of str -> list of lists of words, by the Java program inside pycocoevalcap. It takes one text a line, so
-    any of its line breaks inside of one (\\r, \\v, \\f, U+2028, U+2029) would shift all that follow."""
+    """list of str -> list of lists of words, by the Java program inside pycocoevalcap. It takes one
+    text per line, so line breaks inside of one would shift all that follow."""
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-    lines = PTBTokenizer().tokenize({i: [{"caption": " ".join(text.split())}] for i, text in enumerate(texts)})
+    numbered = {i: [{"caption": " ".join(text.split())}] for i, text in enumerate(texts)}
+    lines = PTBTokenizer().tokenize(numbered)
     if len(lines) != len(texts):
-        raise RuntimeError(f"PTBTokenizer returned {len(lines)} of {len(texts)} captions; library=False does without it")
+        raise RuntimeError(f"PTBTokenizer returned {len(lines)} of {len(texts)} captions")
     return [lines[i][0].split() for i in range(len(texts))]
 
 
@@ -137,108 +369,126 @@ def ngrams(words):
 
 
 def bleu(pairs):
-    """[(candidate, [reference, ...])] in words -> (4,) BLEU_1..4 of the corpus (Papineni et al., ACL 2002): geometric
-    means of the precisions, times a penalty if the candidates are shorter than the references closest in length."""
+    """[(candidate, [reference, ...])] in words -> (4,) BLEU_1..4 of the corpus (Papineni et al.,
+    ACL 2002): geometric means of the precisions, times a penalty if the candidates are shorter than
+    the references closest in length."""
     correct, total, length, closest = np.zeros(4), np.zeros(4), 0, 0
     for candidate, references in pairs:
         for n, (counts, *others) in enumerate(zip(ngrams(candidate), *map(ngrams, references))):
             most = Counter()
             for other in others:
-                most |= other                                                  # the larger count of each n-gram
+                most |= other                          # the larger count of each n-gram
             correct[n] += (counts & most).total()
             total[n] += counts.total()
         length += len(candidate)
         closest += min((abs(len(r) - len(candidate)), len(r)) for r in references)[1]
-    precision = (correct + 1e-15) / (total + 1e-9)                             # pycocoevalcap's guards against 0 / 0
+    precision = (correct + 1e-15) / (total + 1e-9)     # pycocoevalcap's guards against 0 / 0
     penalty = math.exp(min(0.0, 1 - (closest + 1e-9) / (length + 1e-15)))
     return np.cumprod(precision) ** (1 / np.arange(1, 5)) * penalty
 
 
 def rouge_l(pairs, beta=1.2):
-    """Mean over images of the F score of the longest common subsequence (Lin, ACL 2004); precision and recall may come
-    from different references."""
+    """Mean over images of the F score of the longest common subsequence (Lin, ACL 2004); precision
+    and recall may come from different references."""
     scores = []
     for candidate, references in pairs:
-        a, best = candidate or [""], np.zeros(2)                               # as pycocoevalcap: no text is one empty word
+        a = candidate or [""]                          # as pycocoevalcap: no text is one empty word
+        best = np.zeros(2)
         for b in (reference or [""] for reference in references):
-            row = [0] * (len(b) + 1)                                           # longest for a up to here and b[:j]
-            for word in a:
-                corner = 0
-                for j, other in enumerate(b, 1):
-                    corner, row[j] = row[j], corner + 1 if word == other else max(row[j], row[j - 1])
-            best = np.maximum(best, (row[-1] / len(a), row[-1] / len(b)))
+            common = common_subsequence(a, b)
+            best = np.maximum(best, (common / len(a), common / len(b)))
         precision, recall = best
-        scores.append((1 + beta ** 2) * precision * recall / (recall + beta ** 2 * precision) if precision else 0.0)
+        mixed = recall + beta ** 2 * precision
+        scores.append((1 + beta ** 2) * precision * recall / mixed if precision else 0.0)
     return float(np.mean(scores))
 
 
+def common_subsequence(a, b):
+    """Length of the longest common subsequence of two lists."""
+    row = [0] * (len(b) + 1)                           # longest for a up to here and b[:j]
+    for word in a:
+        corner = 0
+        for j, other in enumerate(b, 1):
+            longer = corner + 1 if word == other else max(row[j], row[j - 1])
+            corner, row[j] = row[j], longer
+    return row[-1]
+
+
 def cider(pairs, sigma=6.0):
-    """CIDEr-D without stemming, which is what pycocoevalcap calls CIDEr (1411.5726): ten times the mean cosine of n-gram
-    counts, each weighted by how few images use the n-gram. 0 with one image, where every weight is log(1)."""
-    seen = Counter(gram for _, references in pairs for gram in {g for r in references for c in ngrams(r) for g in c})
-    idf = lambda gram: math.log(len(pairs)) - math.log(max(1, seen[gram]))
-    weigh = lambda words: [{gram: count * idf(gram) for gram, count in counts.items()} for counts in ngrams(words)]
-    norm = lambda weights: math.sqrt(sum(w * w for w in weights.values()))
+    """CIDEr-D without stemming, which is what pycocoevalcap calls CIDEr (1411.5726): ten times the
+    mean cosine of n-gram counts, each weighted by how few images use the n-gram. 0 with one image,
+    where every weight is log(1)."""
+    seen = Counter()
+    for _, references in pairs:
+        seen.update({gram for r in references for counts in ngrams(r) for gram in counts})
+
+    def weigh(words):
+        rare = math.log(len(pairs))
+        return [
+            {gram: count * (rare - math.log(max(1, seen[gram]))) for gram, count in counts.items()}
+            for counts in ngrams(words)]
+
+    def norm(weights):
+        return math.sqrt(sum(w * w for w in weights.values()))
+
     total = 0.0
     for candidate, references in pairs:
         weights = weigh(candidate)
         for reference in references:
             penalty = math.exp(-(len(candidate) - len(reference)) ** 2 / (2 * sigma ** 2))
             for a, b in zip(weights, weigh(reference)):
-                dot = sum(min(w, b[g]) * b[g] for g, w in a.items() if g in b)         # repeating a word gains nothing
+                # The smaller of two weights: repeating a word gains nothing.
+                dot = sum(min(w, b[gram]) * b[gram] for gram, w in a.items() if gram in b)
                 total += penalty * dot / (norm(a) * norm(b) or 1.0) / (4 * len(references))
     return 10 * total / len(pairs)
 
 
-def caption_scores(candidates, references, library=None):
-    """{image_id: str}, {image_id: [str, ...]} -> CAPTION_METRICS of the corpus, and which "words" they rest on.
+def caption_scores(candidates, references):
+    """{image_id: str}, {image_id: [str, ...]} -> {name: number} of the corpus.
 
-    Candidates decide which images count, also in CIDEr's weights. library: True takes words from pycocoevalcap's
-    Java tokeniser ("words": "ptb"), which published numbers rest on; False from `caption_words` ("own"), for which
-    nothing must be installed; None picks the first where package and Java are found. Given the same words, the
-    numbers are pycocoevalcap's. ValueError names an image without references; ImportError what is missing.
+    Candidates decide which images count, also in CIDEr's weights. Words come from pycocoevalcap's
+    Java tokeniser, on which published numbers rest ("words": "ptb"), where package and Java are
+    found, else from `caption_words` ("own"). Given the same words, the numbers are pycocoevalcap's.
+    ValueError names an image without references.
     """
-    missing = [name for name, found in (("pip install pycocoevalcap", importlib.util.find_spec("pycocoevalcap")),
-                                        ("java on the PATH", shutil.which("java"))) if not found]
-    if library and missing:
-        raise ImportError(f"library=True needs {' and '.join(missing)}")
     if not candidates:
         raise ValueError("no captions to score")
     for image_id in candidates:
         if not references.get(image_id):
-            raise ValueError(f"image {image_id} has a caption to score, but no reference captions")
+            raise ValueError(f"image {image_id} has a caption to score, but no references")
+    official = importlib.util.find_spec("pycocoevalcap") and shutil.which("java")
     texts = [text for i, candidate in candidates.items() for text in (candidate, *references[i])]
-    official = not missing if library is None else library
     words = iter(official_words(texts) if official else map(caption_words, texts))
     pairs = [(next(words), [next(words) for _ in references[i]]) for i in candidates]
-    scores = (*bleu(pairs), rouge_l(pairs), cider(pairs))
-    return {name: round(float(x), 5) for name, x in zip(CAPTION_METRICS, scores)} | {"words": "ptb" if official else "own"}
+    scores = {"ROUGE_L": rouge_l(pairs), "CIDEr": cider(pairs)}
+    for n, score in enumerate(bleu(pairs), 1):
+        scores[f"BLEU_{n}"] = score
+    scores = {name: round(float(score), 5) for name, score in scores.items()}
+    return scores | {"words": "ptb" if official else "own"}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# generated images. Pixels are as in data.py, with colours last: uint8 (N, H, W, C), of clips (N, T, H, W, C)
+# --------------------------------------------------------------------------------------------------
+# samples. Pixels are uint8 (N, H, W, C), of clips (N, T, H, W, C), which count frame by frame
 
-LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)                     # times t at which the held-out loss is taken
-HELD_OUT = 200                                         # held-out items that it is taken of
-FID_IMAGES = 50_000                                    # training images, at most, behind a FID, as is the custom
-JUDGE_IMAGES = 10_000                                  # those (or frames) that a judge learns from and compares with
-PICTURES = 64                                          # samples that are returned to look at
+FID_IMAGES = 50_000                    # training images, at most, behind a FID, as is the custom
+PROXY_IMAGES = 10_000                  # those (or frames) that a proxy classifier learns from
 
 
 def feature_statistics(features):
-    """(N, D) -> mean (D,) and unbiased covariance (D, D), float64. ValueError for fewer than two rows."""
+    """(N, D) -> mean (D,) and unbiased covariance (D, D), float64. ValueError for N < 2."""
     if len(features) < 2:
-        raise ValueError(f"the statistics of features need at least 2 images, got {len(features)}")
+        raise ValueError(f"statistics of features need at least 2 images, got {len(features)}")
     features = np.asarray(features, np.float64)
     centered = features - features.mean(0)
     return features.mean(0), centered.T @ centered / (len(features) - 1)
 
 
 def frechet_distance(mean_a, cov_a, mean_b, cov_b):
-    """Squared distance of two Gaussians, |mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2) (1706.08500, eq. 6), float64.
+    """|mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2) of two Gaussians (1706.08500, eq. 6).
 
-    That last trace is the sum of the singular values of P'Q, where A = PP' and B = QQ'. Nothing is squared before its root is
-    taken, which would turn zeros of 1e-16 into 1e-8; so covariances may be singular, as those of N <= D images are.
+    That last trace is the sum of the singular values of P'Q, where A = PP' and B = QQ'. Nothing is
+    squared before its root is taken, which would turn zeros of 1e-16 into 1e-8; so covariances may
+    be singular, as those of N <= D images are. float64.
     """
     def factor(cov):                                   # (D, D) -> (D, rank)
         values, vectors = np.linalg.eigh(cov)
@@ -246,511 +496,311 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b):
         return vectors[:, kept] * np.sqrt(values[kept])
 
     shared = np.linalg.svd(factor(cov_a).T @ factor(cov_b), compute_uv=False).sum()
-    return float(np.square(mean_a - mean_b).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * shared)
+    apart = np.square(mean_a - mean_b).sum()
+    return float(apart + np.trace(cov_a) + np.trace(cov_b) - 2 * shared)
 
 
 def inception_score(probabilities, splits=10):
-    """(N, K) class probabilities -> mean and standard deviation over the splits of exp(mean KL(p(y|x) || p(y))), 1 to K
-    (1606.03498, section 4). Fewer images than splits are a split each."""
+    """(N, K) class probabilities -> mean and standard deviation over the splits of
+    exp(mean KL(p(y|x) || p(y))), 1 to K (1606.03498, section 4)."""
     scores = []
-    for p in np.array_split(np.asarray(probabilities, np.float64), min(splits, len(probabilities))):
-        log = np.log(np.maximum(p, 1e-300))            # 0 log 0 is 0
-        scores.append(np.exp((p * (log - np.log(np.maximum(p.mean(0), 1e-300)))).sum(1).mean()))
+    rows = np.asarray(probabilities, np.float64)
+    for p in np.array_split(rows, min(splits, len(rows))):
+        log, log_mean = (np.log(np.maximum(x, 1e-300)) for x in (p, p.mean(0)))    # 0 log 0 is 0
+        scores.append(np.exp((p * (log - log_mean)).sum(1).mean()))
     return float(np.mean(scores)), float(np.std(scores))
 
 
 def as_frames(pixels):
     """Clips (N, T, H, W, C) -> their frames (N T, H, W, C); images stay."""
-    return pixels.flatten(0, 1) if pixels.ndim == 5 else pixels
+    return pixels.reshape(-1, *pixels.shape[-3:])
+
+
+def image_batches(pixels, device, size=256):
+    """Yields uint8 (B, C, H, W) on the device."""
+    for part in np.array_split(pixels, -(-len(pixels) // size)):
+        yield torch.from_numpy(part).to(device.device).movedim(-1, 1)
+
+
+def real_pixels(source, c, count):
+    """Pixels of at most `count` items, of clips the frames after the context frames, and their
+    labels (N,); in a fixed random order, as files are often sorted. No image is mirrored."""
+    still = replace(c, data=replace(c.data, flip=False))
+    count = min(count, len(source))
+    batches = [list(range(i, min(i + 64, count))) for i in range(0, count, 64)]
+    stream, collate = data.TrainStream(source, "gen", still, seed=0), data.collate("gen", still)
+    loader = data.make_loader(stream, batches, collate, workers=0)
+    pixels, labels = zip(*((b.targets.movedim(1, -1), b.cond["labels"]) for b in loader))
+    return torch.cat(pixels).numpy(), torch.cat(labels).numpy()
+
+
+class ProxyClassifier(nn.Module):
+    """A small classifier of the model's own data, trained on the spot. It says whether samples show
+    the class that they should, and its features are what Frechet distances are taken of. Those
+    compare only with each other, on the same data."""
+
+    def __init__(self, channels, classes, widths=(32, 64, 128)):
+        super().__init__()
+        layers = []
+        for a, b in zip((channels, *widths), widths):
+            layers += [nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.ReLU()]
+        self.body, self.head = nn.Sequential(*layers), nn.Linear(widths[-1], classes)
+
+    def forward(self, images):
+        """uint8 (N, C, H, W) -> features (N, 128), scores (N, classes)."""
+        features = self.body(images.float() / 255 * 2 - 1).mean((2, 3))
+        return features, self.head(features)
+
+    @torch.no_grad()
+    def classify(self, pixels, device):
+        """Pixels -> features (N or N T, 128) and classes (N,), of a clip the likeliest by the mean
+        of its frames."""
+        parts = [self(images) for images in image_batches(as_frames(pixels), device)]
+        features, scores = (torch.cat(part) for part in zip(*parts))
+        classes = scores.softmax(-1).unflatten(0, (len(pixels), -1)).mean(1).argmax(-1)
+        return features.cpu().numpy(), classes.cpu().numpy()
+
+
+def train_proxy(pixels, labels, classes, device, steps=300, seed=0):
+    """Pixels and labels (N,), -1 unknown -> ProxyClassifier, the same every time (on a GPU nearly
+    so). The global generators are left as they are. ValueError if all labels are unknown."""
+    known = labels >= 0
+    if not known.any():
+        raise ValueError("no image has a label that a proxy classifier could learn")
+    images, labels = as_frames(pixels[known]), torch.from_numpy(labels[known])
+    labels = labels.repeat_interleave(len(images) // len(labels))
+    images = torch.from_numpy(images).movedim(-1, 1)
+    with device.fork_rng(seed):
+        proxy = ProxyClassifier(images.shape[1], classes).to(device.device)
+        optimizer = torch.optim.AdamW(proxy.parameters(), weight_decay=0.05)
+        rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=steps)
+        for _ in range(steps):
+            chosen = torch.randint(len(labels), (64,))
+            _, scores = proxy(images[chosen].to(device.device))
+            F.cross_entropy(scores, labels[chosen].to(device.device)).backward()
+            device.step(optimizer)
+            rates.step()
+    return proxy.eval()
+
+
+def proxy_scores(pixels, labels, truth, train, c, device):
+    frames = pixels.shape[1] if pixels.ndim == 5 else 1
+    real, real_labels = real_pixels(train, c, PROXY_IMAGES // frames)
+    proxy = train_proxy(real, real_labels, len(train.classes), device)
+    held, held_labels = real_pixels(truth, c, len(pixels))
+    features, classes = proxy.classify(pixels, device)
+    held_features, held_classes = proxy.classify(held, device)
+    known = feature_statistics(proxy.classify(real, device)[0])
+    scores = {}
+    if c.model.num_classes:
+        scores["class_accuracy"] = float((classes == labels)[labels >= 0].mean())
+    right = (held_classes == held_labels)[held_labels >= 0]
+    return scores | {
+        "proxy_accuracy": float(right.mean()),
+        "frechet": frechet_distance(*feature_statistics(features), *known),
+        "frechet_real": frechet_distance(*feature_statistics(held_features), *known),
+    }
 
 
 class Inception:
     """The network behind FID and Inception Score, from a TorchScript file.
 
-    Published numbers rest on Inception as of 2015-12-05; NVIDIA's stylegan2-ada-pytorch offers it as inception-2015-12-05.pt
-    (pretrained/metrics/ of its download site). It takes uint8 (N, 3, H, W), resizes by itself, and is called with
-    return_features=True for features (N, 2048), with no_output_bias=True for probabilities (N, 1008). Any other TorchScript
-    module will do that makes features (N, D), or the pair (features, probabilities), of uint8 (N, 3, H, W).
-    ValueError if the file is no TorchScript.
+    Published numbers rest on Inception as of 2015-12-05; NVIDIA's stylegan2-ada-pytorch offers it
+    as inception-2015-12-05.pt. It takes uint8 (N, 3, H, W), resizes by itself, and is called with
+    return_features=True for features (N, 2048), with no_output_bias=True for probabilities
+    (N, 1008). Any other TorchScript module will do that makes features (N, D), or the pair
+    (features, probabilities), of uint8 (N, 3, H, W). ValueError if the file is no TorchScript.
     """
-    def __init__(self, path, device="cpu"):
+
+    def __init__(self, path, device):
         with open(path, "rb") as f:
             self.key = hashlib.sha256(f.read()).hexdigest()[:16]
         try:
-            self.network = torch.jit.load(path, map_location=device).eval()
+            self.network = torch.jit.load(path, map_location=device.device).eval()
         except RuntimeError as e:
-            raise ValueError(f"{path}: not a TorchScript file, which is needed: weights alone (a state dict) do not say how to compute. Make one of "
-                             f"your network with torch.jit.script(network).save(path) or torch.jit.trace(network, images).save(path) "
-                             f"({str(e).splitlines()[0]})") from e
+            raise ValueError(
+                f"{path}: not a TorchScript file; weights alone do not say how to compute, make "
+                f"one with torch.jit.script(network).save(path) ({str(e).splitlines()[0]})") from e
         known = {argument.name for argument in self.network.forward.schema.arguments}
         self.device, self.keywords = device, {"return_features", "no_output_bias"} <= known
 
     @torch.no_grad()
-    def look(self, pixels, keyword):
-        images = as_frames(pixels).to(self.device).movedim(-1, 1)
-        images = images.expand(-1, 3, -1, -1).contiguous()                     # grey is three equal colours
-        return self.network(images, **{keyword: True}) if self.keywords else self.network(images)
-
     def features(self, pixels):
-        """Images, or clips frame by frame -> (N, D) float32 array."""
-        out = self.look(pixels, "return_features")
-        return (out[0] if isinstance(out, tuple) else out).float().flatten(1).cpu().numpy()
-
-    def probabilities(self, pixels):
-        """Images, or clips frame by frame -> (N, K) float32 array, or None if the network has none."""
-        out = self.look(pixels, "no_output_bias")
-        out = out if self.keywords else out[1] if isinstance(out, tuple) else None
-        return None if out is None else out.float().cpu().numpy()
-
-
-class Judge(torch.nn.Module):
-    """A small classifier of the model's own data, trained on the spot (`train_judge`). It says whether samples show the class
-    that they should, and its features are what Frechet distances are taken of. Those compare with nothing but each other, on
-    the same data; and a judge that knows little of held-out images says little. Clips are judged frame by frame."""
-
-    def __init__(self, channels, classes, widths=(32, 64, 128)):
-        super().__init__()
-        self.body = torch.nn.Sequential(*[f for a, b in zip((channels, *widths), widths) for f in
-                                          (torch.nn.Conv2d(a, b, 3, 2, 1), torch.nn.BatchNorm2d(b), torch.nn.ReLU())])
-        self.head = torch.nn.Linear(widths[-1], classes)
-
-    def forward(self, images):
-        """(N, C, H, W) in [0, 1] -> features (N, 128), scores (N, classes)."""
-        features = self.body(images * 2 - 1).mean((2, 3))
-        return features, self.head(features)
-
-    @torch.no_grad()
-    def look(self, pixels):
-        """Images, or clips frame by frame -> features (N, 128) array, classes: of a clip the likeliest by the mean of its frames."""
-        device, features, classes = self.head.weight.device, [], []
-        for part in pixels.split(256):
-            found, scores = self(data.to_floats(as_frames(part), device))
-            features.append(found.cpu().numpy())
-            classes.append(scores.softmax(-1).unflatten(0, (len(part), -1)).mean(1).argmax(-1).cpu().numpy())
-        return np.concatenate(features), np.concatenate(classes)
-
-
-def train_judge(pixels, labels, classes, device="cpu", steps=300, seed=0):
-    """Pixels of N images or clips, labels (N,) int64 (-1 unknown), number of classes -> Judge, the same every time (on a GPU
-    nearly so). The global generators are left as they are. ValueError if all labels are unknown."""
-    device, known = torch.device(device), labels >= 0
-    if not known.any():
-        raise ValueError("no image has a label that a judge could learn")
-    labels = labels[known].repeat_interleave(pixels.shape[1] if pixels.ndim == 5 else 1)
-    pixels = as_frames(pixels[known])
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        judge = Judge(pixels.shape[-1], classes).to(device)
-        optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=steps)
-        for _ in range(steps):
-            chosen = torch.randint(len(labels), (64,))
-            _, scores = judge(data.to_floats(pixels[chosen], device))
-            F.cross_entropy(scores, labels[chosen].to(device)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-    return judge.eval()
-
-
-def real_batches(source, c, batches, workers=0):
-    """Yields pixels and labels (B,) int64 (-1 unknown) of batches of numbers. A number is a position in one fixed shuffled order of
-    the items, as files are often sorted; beyond the last item the order goes on with another. No image is mirrored."""
-    c = SimpleNamespace(**{**vars(c), "flip": False, "seed": 0})
-    for batch in data.make_loader(data.TrainStream(source, "gen", c), batches, data.TrainCollate("gen", c, None, None), workers):
-        for message in batch["skipped"]:
-            warnings.warn(f"another image stands in the evaluation for {message}")
-        yield batch["pixels"], batch["label"]
-
-
-def real_items(source, c, count, known_frames=0, workers=0):
-    """Pixels, of clips those of the frames after the known ones, and labels of at most `count` items; all of them on every process."""
-    count = min(count, len(source))
-    parts = real_batches(source, c, [range(i, min(i + 64, count)) for i in range(0, count, 64)], workers)
-    pixels, labels = (torch.cat(part) for part in zip(*parts))
-    return pixels[:, known_frames:], labels            # [:, 0:] of images is all of them
-
-
-def real_statistics(network, source, c, split="train", count=FID_IMAGES, folder=None, batch_size=64, workers=0):
-    """Mean and covariance of a network's features of at most `count` items, of clips the frames that are predicted.
-
-    network: has features(pixels) -> (N, D) array, and a `key` that no other network has
-    folder:  where they are kept; the name of the file says what of, and it is used only if all else is the same too
-    """
-    count, (height, width) = min(count, len(source)), c.model.sample_size
-    first = getattr(c.model, "cond_frames", 0)
-    key = json.dumps({"data": c.data, "data_dir": os.path.abspath(c.data_dir), "data_seed": c.data_seed, "split": split, "of": len(source),
-                      "images": count, "size": [height, width], "channels": c.image_channels, "frames": [first, data.clip_length(c)],
-                      "network": network.key})
-    path = os.path.join(folder or "", f"stats_{c.data}_{split}_{height}x{width}x{c.image_channels}_{count}_{network.key}.npz")
-    # The first process says whether there is a file: where folders are not shared, others would wait for nothing.
-    found = gather([read_statistics(path, key) if folder and processes()[0] == 0 else None])[0]
-    if found is None:
-        features = gather([network.features(pixels[:, first:]) for pixels, _ in real_batches(source, c, share_out(count, batch_size), workers)])
-        found = feature_statistics(np.concatenate(features))
-        if folder and processes()[0] == 0:
-            os.makedirs(folder, exist_ok=True)
-            with open(f"{path}.tmp", "wb") as f:
-                np.savez(f, key=key, mean=found[0], cov=found[1])
-            os.replace(f"{path}.tmp", path)
-    return found
-
-
-def read_statistics(path, key):
-    """(mean, cov) of a file of `real_statistics`; None if it is not there, damaged, or of something else."""
-    with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
-        with np.load(path) as stored:
-            if str(stored["key"]) == key:
-                return stored["mean"], stored["cov"]
-
-
-@torch.no_grad()
-def held_out_loss(model, c, source, batch_size=64, seed=0, dtype=torch.float32, workers=0):
-    """{"loss": mean, "loss_at": {"0.1": ...}} at each of LEVELS, of at most HELD_OUT items. The noise depends on the seed alone. Every
-    example sees the network's own estimate, as in sampling; in training only a share of them does."""
-    device, rows = next(model.parameters()).device, []
-    c = SimpleNamespace(**{**vars(c), "self_cond_rate": 1.0, "self_cond_masking": False})
-    batches = share_out(min(HELD_OUT, len(source)), batch_size)
-    for batch, (pixels, labels) in zip(batches, real_batches(source, c, batches, workers)):
-        images, labels = data.to_floats(pixels, device), labels.to(device) if c.model.num_classes else None
-        for t in LEVELS:
-            generator = torch.Generator(device).manual_seed(seed * 1_000_003 + batch[0])       # the same noise at every level
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss = denoising_loss(model, c, images, labels, torch.full((len(images),), t, device=device), generator)
-            rows.append((t, len(images), loss.mean().item()))
-    rows = [row for part in gather([rows]) for row in part]
-    mean = lambda rows: sum(n * loss for _, n, loss in rows) / sum(n for _, n, _ in rows)
-    return {"loss": mean(rows), "loss_at": {str(t): mean([row for row in rows if row[0] == t]) for t in LEVELS}}
-
-
-def draw_samples(model, c, source, count, batch_size=64, seed=0, dtype=torch.float32, workers=0):
-    """Yields this process's batches of samples: pixels, the labels asked for (B,) int64 or None, and true clips or None.
-
-    Labels go round: 0, 1, 2, ... A model that continues clips is shown the first frames of held-out ones, and asked for their labels.
-    """
-    device, known_frames, batches = next(model.parameters()).device, getattr(c.model, "cond_frames", 0), share_out(count, batch_size)
-    clips = real_batches(source, c, batches, workers) if known_frames else ((None, torch.tensor(batch)) for batch in batches)
-    bar = tqdm(zip(batches, clips), "samples", len(batches), disable=processes()[0] > 0 or not sys.stderr.isatty(), leave=False)
-    for batch, (truth, labels) in bar:
-        if not known_frames and c.model.num_classes:
-            labels = labels % c.model.num_classes
-        labels = labels if c.model.num_classes else None
-        known = data.to_floats(truth[:, :known_frames], device) if known_frames else None
-        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + batch[0])
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            pixels = generate(model, c, len(batch), None if labels is None else labels.to(device), known, generator)
-        yield torch.from_numpy(data.to_pixels(pixels)), labels, truth
-
-
-def evaluate_generation(model, c, split="val", seed=0, batch_size=64, inception=None, judge=True, stats_dir=None, count=None,
-                        dtype=torch.float32, judge_steps=300, workers=0):
-    """Metrics of a model that generates, {name: number} (on processes but the first, empty), and its first samples to look at: pixels, a
-    uint8 array; of clips with the known frames before.
-
-    inception: TorchScript file as of `Inception`; stats_dir: folder for the statistics of real images that it makes
-    judge:     whether to train a `Judge`, in judge_steps, where the data has classes
-    count:     samples to draw (default: c.eval_samples); PICTURES at most where there is nothing to measure
-
-    loss, loss_at    of held-out data, see `held_out_loss`
-    class_accuracy   share of samples that the judge takes for what was asked for, where the model takes labels
-    judge_accuracy   share of held-out items that it takes for what they are: how far it can be trusted
-    frechet          distance of samples to training data, in the judge's features
-    frechet_real     the same of as many held-out items (or all, if those are fewer): a floor above 0, the higher the fewer they are
-    fid              distance of samples to training data, in Inception's features; inception_score and inception_score_std
-    frame_error      mean square error of predicted frames, of colours in [0, 1]; copy_error: of repeating the last known frame
-    samples          how many there are
-    """
-    device, training, count = next(model.parameters()).device, model.training, count or c.eval_samples
-    if count < 1:
-        raise ValueError(f"expected at least 1 sample to evaluate, got {count}")
-    held_out, train = data.make_source(c, split, "gen"), data.make_source(c, "train", "gen")
-    known_frames = getattr(c.model, "cond_frames", 0)
-    model.eval()
-    metrics = held_out_loss(model, c, held_out, batch_size, seed, dtype, workers)
-    inception = Inception(inception, device) if inception else None
-    judge = judge and len(train.classes) > 0
-    if judge:
-        real, labels = real_items(train, c, JUDGE_IMAGES // data.clip_length(c), known_frames, workers)
-        judge = train_judge(real, labels, len(train.classes), device, judge_steps)
-        if dist.is_initialized():                      # one judge for all: GPUs differ in their last bits
-            for weights in judge.state_dict().values():
-                dist.broadcast(weights, 0)
-    elif not (inception or known_frames):
-        count = min(count, PICTURES)
-
-    rows = []
-    for pixels, asked, truth in draw_samples(model, c, held_out, count, batch_size, seed, dtype, workers):
-        shown = pixels if truth is None else torch.cat([truth[:, :known_frames], pixels], 1)
-        row = {"pixels": shown[:PICTURES if len(rows) * batch_size < PICTURES else 0].numpy()}
-        if judge:
-            row["judge"], classes = judge.look(pixels)
-            if asked is not None:
-                row["right"] = (classes == asked.numpy())[asked.numpy() >= 0]
-        if inception:
-            row |= {"inception": inception.features(pixels), "probabilities": inception.probabilities(pixels)}
-        if truth is not None:
-            past, future = truth[:, :known_frames] / 255, truth[:, known_frames:] / 255
-            row |= {name: (guess - future).square().flatten(1).mean(1).numpy()
-                    for name, guess in (("frame_error", pixels / 255), ("copy_error", past[:, -1:]))}
-        rows.append(row)
-    rows = gather(rows)
-    found = {key: np.concatenate([row[key] for row in rows]) for key in rows[0] if rows[0][key] is not None}
-    if inception:
-        most = 5 * count if train.endless else FID_IMAGES
-        real_inception = real_statistics(inception, train, c, "train", most, stats_dir, batch_size, workers)
-    model.train(training)
-    if processes()[0] > 0:
-        return {}, found["pixels"][:PICTURES]
-
-    metrics |= {name: float(found[key].mean()) for name, key in (("class_accuracy", "right"), ("frame_error", "frame_error"),
-                                                                 ("copy_error", "copy_error")) if len(found.get(key, ()))}
-    if judge:
-        held, labels = real_items(held_out, c, max(count, HELD_OUT), known_frames, workers)
-        features, classes = judge.look(held)
-        metrics["judge_accuracy"] = float((classes == labels.numpy())[labels.numpy() >= 0].mean())
-        real = feature_statistics(judge.look(real)[0])
-        metrics["frechet"] = frechet_distance(*feature_statistics(found["judge"]), *real)
-        metrics["frechet_real"] = frechet_distance(*feature_statistics(features[:len(found["judge"])]), *real)
-    if inception:
-        metrics["fid"] = frechet_distance(*feature_statistics(found["inception"]), *real_inception)
-        if "probabilities" in found:
-            metrics["inception_score"], metrics["inception_score_std"] = inception_score(found["probabilities"])
-    return metrics | {"samples": count}, found["pixels"][:PICTURES]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# predictions for a dataset
-
-def truth_as_prediction(record, c, tasks, category_of):
-    """What `look` would return about a record's image if every token of the truth were predicted with certainty."""
-    vocab, found, image = make_vocab(c), {}, record["image"]
-    view = data.eval_view(data.whole(image), c.model.image_size)
-    real = np.flatnonzero(~record["iscrowd"])
-    boxes = data.pad_objects(view, data.view_boxes(view, record["boxes"][real]), record["labels"][real], max(len(real), 1))
-    boxes, labels = torch.from_numpy(boxes["boxes"])[None], torch.from_numpy(boxes["labels"])[None]
-    if "det" in tasks:
-        tokens = tokenizer.encode_detection(boxes[:, :c.max_objects], labels[:, :c.max_objects], vocab).targets
-        certain = torch.full((*tokens.shape, vocab.size), -torch.inf).scatter(-1, tokens[..., None], 0.0)
-        decoded = tokenizer.decode_detection(tokens, certain[..., vocab.classes], vocab)
-        found["objects"] = objects_in_image(view, *(x[0] for x in decoded), category_of)
-    if "seg" in tasks or "kpt" in tasks:
-        found["objects"] = true_boxes(record, category_of)
-    if "seg" in tasks:
-        points = torch.from_numpy(data.outline_points(view, [record["polygons"][i] for i in real], len(real), c.max_points))[None]
-        decoded = tokenizer.decode_points(tokenizer.encode_points(points, labels[:, :len(real)], vocab), vocab)
-        for thing, row in zip(found["objects"], decoded[0] if len(real) else ()):
-            thing["segmentation"] = to_rle(mask_of(view, row, image.size))
-    if "kpt" in tasks:
-        for thing, i in zip(found["objects"], real):
-            if not record["keypoints"][i, :, 2].any():
-                continue                               # the truth does not know this one's joints
-            crop = data.eval_view(data.around_box(image, record["boxes"][i], c.crop_margin), c.model.image_size)
-            points = torch.from_numpy(data.joint_points(crop, record["keypoints"][i]))[None]
-            tokens = tokenizer.encode_points(points, labels[0, :1], vocab)
-            add_joints(thing, crop, tokenizer.decode_points(tokens, vocab)[0].numpy(), 1.0)
-    if "cap" in tasks:
-        texts, pieces = record["captions"][:1] or [""], make_pieces(c)
-        tokens = tokenizer.encode_captions(texts, vocab, pieces, c.caption_length).targets
-        found["caption"] = tokenizer.decode_captions(tokens, vocab, pieces)[0]
-    return found
-
-
-def predict(model, source, c, tasks, batch_size=8, workers=0, limit=None, seed=0, boxes="own", truth=False, dtype=torch.float32):
-    """What the model finds in a source's images, spread over all processes.
-
-    boxes: where seg and kpt take their boxes from: "own" detection pass, "truth", or {image_id: list of results}
-    Returns {image_id: what `look` returns} and the messages about images that cannot be read.
-    """
-    rank, world = processes()
-    mine = range(len(source) if limit is None else min(limit, len(source)))[rank::world]
-    batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
-    loader = data.make_loader(data.EvalSet(source), batches, list, workers)
-    category_of = {label: i for i, label in source.label_of.items()}
-    found, skipped = {}, []
-    for step, items in enumerate(tqdm(loader, "evaluate", disable=rank > 0 or not sys.stderr.isatty(), leave=False)):
-        skipped += [item for item in items if isinstance(item, str)]
-        records = [item for item in items if not isinstance(item, str)]
-        if not records:
-            continue
-        if truth:
-            looked = [truth_as_prediction(record, c, tasks, category_of) for record in records]
-        else:
-            device = next(model.parameters()).device
-            given = None if boxes == "own" or not set(tasks) & {"seg", "kpt"} else \
-                [true_boxes(r, category_of) if boxes == "truth" else boxes.get(r["image_id"], []) for r in records]
-            generator = torch.Generator(device).manual_seed(seed * 1_000_003 + batches[step][0])
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                looked = look(model, [r["image"] for r in records], c, tasks, given, generator)
-        found.update(zip((r["image_id"] for r in records), looked))
-    shares = gather([(found, skipped)])
-    return {k: v for share in shares for k, v in share[0].items()}, [m for share in shares for m in share[1]]
-
-
-def task_results(found, task, categories):
-    """What `predict` returns -> the results of one task in COCO's format."""
-    if task == "cap":
-        return [{"image_id": image_id, "caption": f["caption"]} for image_id, f in found.items()]
-    key = {"det": "bbox", "seg": "segmentation", "kpt": "keypoints"}[task]
-    return [{"image_id": image_id, "category_id": o["category_id"], key: o[key], "score": o["keypoint_score" if task == "kpt" else "score"]}
-            for image_id, f in found.items() for o in f["objects"] if key in o and o["category_id"] in categories]
-
-
-def evaluate(model, c, tasks, split="val", boxes="own", **options):
-    """Metrics of each task {task: {name: number}} and its results {task: list}; on processes but the first, metrics are None.
-    Tasks with the same images and the same kind of boxes share one pass. DataError if no image can be read."""
-    training = model is not None and model.training
-    if model is not None:
-        model.eval()
-    metrics, results = {}, {}
-    # Masks and joints of given boxes say nothing about detection, so that gets a pass of its own then.
-    passes = [["det", "seg"], ["kpt"], ["cap"]] if boxes == "own" and not options.get("truth") else [["det"], ["seg"], ["kpt"], ["cap"]]
-    for group in passes:
-        group = [task for task in group if task in tasks]
-        if not group:
-            continue
-        source = data.make_source(c, split, group[0])
-        found, skipped = predict(model, source, c, group, boxes=boxes, **options)
-        for message in skipped:
-            tqdm.write(f"warning: left out of the evaluation: {message}", file=sys.stderr)
-        if not found:
-            raise data.DataError(f"no image to evaluate: {skipped[0] if skipped else 'the split is empty'}")
-        for task in group:
-            truth = source.truth(task)
-            results[task] = task_results(found, task, {category["id"] for category in truth["categories"]})
-            if processes()[0] > 0:
-                continue
-            if task == "cap":
-                references = {}
-                for a in truth["annotations"]:
-                    references.setdefault(a["image_id"], []).append(a["caption"].strip())
-                written = {i: f["caption"] for i, f in found.items() if i in references}
-                exact = sum(text in references[i] for i, text in written.items()) / max(len(written), 1)
-                metrics[task] = caption_scores(written, {i: references[i] for i in written}) | {"exact": round(exact, 5)}
+        """Pixels -> (N, D) features, and (N, K) probabilities or None, float32."""
+        features, probabilities = [], []
+        for images in image_batches(as_frames(pixels), self.device, 64):
+            images = images.expand(-1, 3, -1, -1).contiguous()     # grey is three equal colours
+            if self.keywords:
+                out = [self.network(images, return_features=True)]
+                out.append(self.network(images, no_output_bias=True))
             else:
-                metrics[task] = average_precision(truth, results[task], found, task)
-            metrics[task]["images"] = len(found)
-    if training:
-        model.train()
-    return metrics, results
+                out = self.network(images)
+                out = out if isinstance(out, tuple) else (out, None)
+            features.append(out[0].float().flatten(1).cpu().numpy())
+            probabilities.append(None if out[1] is None else out[1].float().cpu().numpy())
+        if probabilities[0] is None:
+            return np.concatenate(features), None
+        return np.concatenate(features), np.concatenate(probabilities)
 
 
-def run(path, args, device):
-    """Evaluate one checkpoint, print its numbers and save them beside it."""
-    model, c = load_model(path, device, **checkpoint_arguments(args)[1])
-    for key in DATA_KEYS:
-        if getattr(args, key) is not None:
-            setattr(c, key, getattr(args, key))
-    tasks = pick_tasks(args.task, c)
-    if tasks == ("gen",):
-        return run_generation(path, model, c, args)
-    start = time.time()
-    metrics, results = evaluate(model, c, tasks, args.split, read_boxes(args.boxes or ("own" if "det" in c.tasks else "truth")),
-                                batch_size=args.batch_size, workers=args.workers, limit=args.limit, seed=args.seed, truth=args.truth,
-                                dtype=getattr(torch, args.dtype))
-    if processes()[0] > 0:
-        return
-    stem = args.out or f"{os.path.splitext(path)[0]}_{args.split}{'_truth' if args.truth else ''}"
-    seconds = round(time.time() - start, 1)
-    print(f"{path}, {args.split}, {seconds} s" + (", truth fed as prediction" if args.truth else ""))
-    for task in tasks:
-        print(f"{task}: {metrics[task]['images']} images, results in COCO's format: {stem}_{task}.json")
-        print("".join(f"  {name:10}{value:8.4f}\n" for name, value in metrics[task].items() if isinstance(value, float)), end="", flush=True)
-        with open(f"{stem}_{task}.json", "w") as f:
-            json.dump(results[task], f)
-    with open(f"{stem}_metrics.json", "w") as f:
-        json.dump({"checkpoint": path, "split": args.split, "truth": args.truth, "seconds": seconds, **metrics}, f, indent=1)
-    print(f"numbers: {stem}_metrics.json", flush=True)
+def inception_scores(pixels, train, c, device):
+    network = Inception(c.sampling.inception, device)
+    features, probabilities = network.features(pixels)
+    count = 5 * len(pixels) if train.endless else FID_IMAGES
+    real = real_statistics(network, train, c, count, c.sampling.stats_dir)
+    scores = {"fid": frechet_distance(*feature_statistics(features), *real)}
+    if probabilities is not None:
+        mean, std = inception_score(probabilities)
+        scores |= {"inception_score": mean, "inception_score_std": std}
+    return scores
 
 
-def run_generation(path, model, c, args):
-    """The same for a model that generates."""
-    set_sampling(c, args)
-    start, stem = time.time(), args.out or f"{os.path.splitext(path)[0]}_{args.split}"
-    metrics, pixels = evaluate_generation(model, c, args.split, args.seed, args.batch_size, args.inception, not args.no_judge,
-                                          args.stats or os.path.dirname(path), args.samples, getattr(torch, args.dtype), workers=args.workers)
-    if processes()[0] > 0:
-        return
-    recipe, seconds = {key: getattr(c, key) for key in ("sample_steps", "sampler", "guidance", "td")}, round(time.time() - start, 1)
-    print(f"{path}, {args.split}, {seconds} s, " + ", ".join(f"{key} {value}" for key, value in recipe.items()))
-    for name, value in metrics.items():
-        for at, number in value.items() if isinstance(value, dict) else [("", value)]:
-            print(f"  {f'{name} {at}':20}{number:10{'d' if isinstance(number, int) else '.4f'}}")
-    with open(f"{stem}_metrics.json", "w") as f:
-        json.dump({"checkpoint": path, "split": args.split, "seconds": seconds, **recipe, "gen": metrics}, f, indent=1)
-    print(f"samples: {data.save_grid(pixels, f'{stem}_samples')}\nnumbers: {stem}_metrics.json", flush=True)
+def real_statistics(network, train, c, count, folder=""):
+    """Mean and covariance of a network's features of training items. With a folder they are kept
+    there, in a file whose name says what they are of."""
+    of = [asdict(c.data), os.path.abspath(c.data.data_dir), len(train), count, network.key]
+    of += [c.model.sample_shape, c.model.cond_frames]
+    key = hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]
+    path = os.path.join(folder, f"fid_statistics_{key}.npz")
+    damaged = OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile
+    with contextlib.suppress(*damaged):
+        with np.load(path) as stored:
+            return stored["mean"], stored["cov"]
+    mean, cov = feature_statistics(network.features(real_pixels(train, c, count)[0])[0])
+    if folder:
+        os.makedirs(folder, exist_ok=True)
+        with open(f"{path}.tmp", "wb") as f:
+            np.savez(f, mean=mean, cov=cov)
+        os.replace(f"{path}.tmp", path)
+    return mean, cov
 
 
-def read_boxes(text):
-    """"own", "truth", or the path of a results file in COCO's format -> what `predict` takes."""
-    if text in ("own", "truth"):
-        return text
-    try:
-        with open(text) as f:
-            boxes = {}
-            for thing in json.load(f):
-                boxes.setdefault(thing["image_id"], []).append({key: thing[key] for key in ("category_id", "bbox", "score")})
-            return boxes
-    except (json.JSONDecodeError, KeyError, TypeError) as e:
-        raise ValueError(f"{text}: expected a list of {{image_id, category_id, bbox, score}} ({type(e).__name__}: {e})") from e
+# --------------------------------------------------------------------------------------------------
+# command line
 
-
-DATA_KEYS = ("data", "data_dir", "bad_boxes", "train_json", "train_keypoints", "train_captions", "train_images",
-             "val_json", "val_keypoints", "val_captions", "val_images", "top_p", "temperature", "seg_samples")
+@dataclass(frozen=True)
+class EvalOptions:
+    """What eval.py is asked for."""
+    ckpt: str = ""                      # checkpoint or folder of a run; empty: the newest run
+    task: str = "all"                   # some of det,seg,kpt,cap, or gen; all: all that it knows
+    split: str = "val"                  # val or train
+    boxes: str = ""                     # of seg and kpt: own detections, truth, or a results file
+    limit: int = 0                      # only so many items of the split; 0: all
+    truth: bool = False                 # score the encoded and decoded truth: a ceiling
+    watch: bool = False                 # evaluate last.pt of the run whenever it changes
+    batch_size: int = 16                # items at a time
+    workers: int = min(4, (os.cpu_count() or 1) - 1)        # processes that load data
+    seed: int = 0                       # of sampling
+    device: str = "auto"                # auto, cuda, mps or cpu
+    dtype: str = "float32"              # float32 or bfloat16
+    out: str = ""                       # start of the names of the files; empty: the checkpoint's
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_checkpoint_arguments(parser)
-    parser.add_argument("--task", help="some of det,seg,kpt,cap, or gen (default: what the model was trained on)")
-    parser.add_argument("--split", choices=["val", "train"], default="val")
-    parser.add_argument("--boxes", help="for masks and joints: own (a detection pass), truth, or a results file (default: own, if it detects)")
-    parser.add_argument("--limit", type=int, help="only the first images of the split")
-    parser.add_argument("--truth", action="store_true", help="feed the tokenised truth as prediction: the ceiling that tokens set")
-    parser.add_argument("--watch", action="store_true", help="evaluate last.pt of the run each time it changes, until interrupted")
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--workers", type=int, default=min(4, (os.cpu_count() or 1) - 1))
-    parser.add_argument("--seed", type=int, default=0, help="of sampling")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--samples", type=int, help="of a model that generates: how many images to draw (default: as in train.py, eval_samples)")
-    add_sampling_arguments(parser)
-    parser.add_argument("--no_judge", action="store_true", help="train no small classifier on the model's data to judge its images by")
-    parser.add_argument("--inception", metavar="FILE", help="TorchScript network for FID and Inception Score: inception-2015-12-05.pt of "
-                        "NVIDIA's stylegan2-ada-pytorch (it takes uint8 images and resizes by itself), or any that makes features (N, D), or "
-                        "features and class probabilities, of uint8 (N, 3, H, W)")
-    parser.add_argument("--stats", metavar="DIR", help="folder for what FID knows of the real images (default: beside the checkpoint)")
-    parser.add_argument("--out", help="start of the names of the files written (default: beside the checkpoint)")
-    for key in DATA_KEYS:
-        parser.add_argument(f"--{key}", type={"top_p": float, "temperature": float, "seg_samples": int}.get(key, str), help="as in train.py")
-    args = parser.parse_args()
-    device = pick_device(args.device)
-    if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
+    parser = sample.Parser(description=__doc__)
+    parser.add_config(EvalOptions(), data.DataConfig(), sample.SamplingConfig(), without=("tasks",))
+    args = parser.parse(sys.argv[1:])
+    options = sample.given(EvalOptions(), args)
     try:
-        if args.watch:
-            watch(args, device)
+        device = Device(options.device, options.dtype)
+        if options.watch:
+            watch(options, args, device)
         else:
-            run(args.ckpt if is_reference(args.ckpt) else find_checkpoint(args.ckpt), args, device)
+            run(sample.find_checkpoint(options.ckpt), options, args, device)
     except (FileNotFoundError, ImportError, RuntimeError, ValueError) as e:
         sys.exit(f"error: {e}")
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        Device.close()
 
 
-def watch(args, device):
-    """Evaluate the run's last checkpoint whenever it is a new one."""
+def run(path, options, args, device):
+    """Evaluate one checkpoint, print its numbers and save them beside it."""
+    model, c = sample.load_model(path, device)
+    c = sample.configured(c, args)
+    if not c.sampling.stats_dir:
+        c = replace(c, sampling=replace(c.sampling, stats_dir=os.path.dirname(path)))
+    tasks, start = sample.pick_tasks(options.task, c), time.time()
+    if options.truth and not set(tasks) <= set(TRUTH):
+        raise ValueError(f"--truth: only for {', '.join(TRUTH)}, this model generates")
+    o = options
+    metrics, predictions = evaluate(
+        model, c, o.split, device, tasks, o.limit,
+        read_boxes(o.boxes or ("own" if "det" in c.data.tasks else "truth")), o.truth,
+        batch_size=o.batch_size, workers=o.workers, seed=o.seed)
+    if not device.first:
+        return
+    kind = f"{o.split}{'_truth' if o.truth else ''}"
+    stem, seconds = o.out or f"{os.path.splitext(path)[0]}_{kind}", round(time.time() - start, 1)
+    print(f"{path}, {kind}, {seconds} s")
+    for task in tasks:
+        print(f"{task}: predictions in {WRITE[task](predictions[task], f'{stem}_{task}')}")
+        for name, value in metrics[task].items():
+            for at, number in value.items() if isinstance(value, dict) else [("", value)]:
+                print(f"  {f'{name} {at}':20}{number:10.4f}" if isinstance(number, float) else
+                      f"  {name:20}{number:>10}")
+    content = {"checkpoint": path, "split": o.split, "truth": o.truth, "seconds": seconds}
+    content["sampling"] = asdict(c.sampling)
+    with open(f"{stem}_metrics.json", "w") as f:
+        json.dump(content | metrics, f, indent=1)
+    print(f"numbers: {stem}_metrics.json", flush=True)
+
+
+def write_objects(task, predictions, stem):
+    return write_json(coco_results(task, predictions), stem)
+
+
+def write_captions(predictions, stem):
+    results = [{"image_id": i, "caption": p["caption"]} for i, p in predictions.items()]
+    return write_json(results, stem)
+
+
+def write_json(results, stem):
+    with open(f"{stem}.json", "w") as f:
+        json.dump(results, f)
+    return f"{stem}.json"
+
+
+def write_samples(predictions, stem):
+    return sample.draw_grid(list(predictions.values())[:64], stem)
+
+
+WRITE = {
+    "det": partial(write_objects, "det"),
+    "seg": partial(write_objects, "seg"),
+    "kpt": partial(write_objects, "kpt"),
+    "cap": write_captions,
+    "gen": write_samples,
+}
+
+
+def read_boxes(text):
+    """"own", "truth", or a results file in COCO's format -> what `evaluate` takes."""
+    if text in ("own", "truth"):
+        return text
+    try:
+        boxes = {}
+        with open(text) as f:
+            for result in json.load(f):
+                obj = {key: result[key] for key in ("category_id", "bbox", "score")}
+                boxes.setdefault(result["image_id"], []).append(obj)
+        return boxes
+    except (json.JSONDecodeError, KeyError, TypeError) as e:
+        raise ValueError(
+            f"{text}: expected a list of {{image_id, category_id, bbox, score}} "
+            f"({type(e).__name__}: {e})") from e
+
+
+def watch(options, args, device):
+    """Evaluate the run's last checkpoint whenever it is a new one, until interrupted."""
     done = None
     while True:
         with contextlib.suppress(FileNotFoundError):
-            path = find_checkpoint(args.ckpt)
-            path = os.path.join(os.path.dirname(path), "last.pt") if args.ckpt is None or os.path.isdir(args.ckpt) else path
+            path = sample.find_checkpoint(options.ckpt)
+            if not os.path.isfile(options.ckpt):
+                path = os.path.join(os.path.dirname(path), "last.pt")
             changed = os.path.getmtime(path)
             if changed != done:
-                run(path, args, device)
+                run(path, options, args, device)
                 done = changed
         time.sleep(5)
 

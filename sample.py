@@ -1,19 +1,25 @@
-"""Look at one image, or make some: a trained model draws what it sees, or what it dreams up, and prints it as JSON.
+"""Ask a trained model what is in an image, or to make new ones; draw the answer, print it as JSON.
 
-Boxes (Pix2Seq, arXiv 2109.10852, section 2.3), masks, joints and captions (2206.07669, section 2), all from one decoder.
-With no image, it takes held-out ones of the data that the model was trained on. A model that generates draws a grid of
-images, or goes on from the first frames of held-out clips (sampling: diffusion.py). Left out: whole datasets (eval.py).
+Boxes (Pix2Seq, arXiv 2109.10852, section 2.3), masks, keypoints and captions (2206.07669, section
+2) all come from one decoder that reads one encoded image; diffusion.py's sampler makes new ones.
+Without an image on the command line, held-out ones of the model's own data are taken.
+Left out: whole datasets (eval.py).
 
-    python sample.py                                    # the newest run, eight held-out images or 64 new ones
-    python sample.py photo.jpg --ckpt=out/multi_coco_vit_b/best.pt --task=det,seg --min_score=0.5 --attention
-    python sample.py --ckpt=out/gen_shapes --class=circle --steps=50 --guidance=2 --strip
+    python sample.py                                    # the newest run, held-out images or samples
+    python sample.py photo.jpg --ckpt=out/multi_coco_vit_b/best.pt --task=det,seg --attention
+    python sample.py --ckpt=out/gen_shapes --class=circle --sample_steps=50 --guidance=2 --strip
 """
 import argparse
+import difflib
 import glob
+import inspect
 import json
 import os
+import re
 import sys
-from types import SimpleNamespace
+import typing
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -21,26 +27,340 @@ from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as mask_tools
 
 import data
+import diffusion
 import tokenizer
-from diffusion import SAMPLERS, generate
-from model import NETWORKS, load_weights, reference_checkpoint
+from data import DataConfig
+from diffusion import DiffusionConfig
+from model import (
+    NETWORKS,
+    Device,
+    Pix2SeqConfig,
+    RINConfig,
+    UNetConfig,
+    build,
+    load,
+    load_weights,
+)
+from tokenizer import Vocab
 
-# ---------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How a trained model is asked, and how its answers are scored; may change at any time."""
+    top_p: float = 0.4                  # det: top-p of sampling tokens (1904.09751)
+    top_k: int = 0                      # sample among the k likeliest tokens, in every task; 0: all
+    temperature: float = 1.0            # of sampling tokens, in every task; 0: the likeliest
+    seg_samples: int = 8                # seg: sampled polygons that are averaged into a mask
+    seg_top_p: float = 0.8              # seg: top-p
+    kpt_top_p: float = 0.1              # kpt: top-p
+    cap_top_p: float = 1.0              # cap: top-p
+    sample_schedule: str = "cosine"     # gen: noise schedule gamma(t) of sampling
+    sample_steps: int = 100             # gen: sampling steps
+    sampler: str = "ddim"               # gen: ddim, ddpm, ddpm@large or ddpm@small
+    guidance: float = 0.0               # gen: classifier-free guidance scale
+    td: float = 0.0                     # gen: asymmetric time intervals, extra length of each step
+    self_cond_decay: float = 0.0        # gen: weight of the past in self-conditioning
+    eval_samples: int = 200             # gen: samples per evaluation
+    proxy_classifier: bool = False      # gen: train a small classifier that scores the samples
+    inception: str = ""                 # gen: TorchScript file for FID: inception-2015-12-05.pt
+    stats_dir: str = ""                 # gen: folder for FID's statistics; empty: the run's
+
+
+@dataclass(frozen=True)
+class Config:
+    """What defines a trained model and its data; train.Config adds how it was trained."""
+    model: Pix2SeqConfig | RINConfig | UNetConfig = Pix2SeqConfig()
+    vocab: Vocab = Vocab()
+    data: DataConfig = DataConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    categories: tuple = ()              # of the training data: {id, name, label, maybe keypoints}
+
+
+# --------------------------------------------------------------------------------------------------
+# inputs: B records that a model is asked about
+
+@dataclass
+class Inputs:
+    """Records as of data.py, and what the tasks work out about them: each is computed once.
+
+    records:   photos need only {image: PIL RGB}; to generate: {pixels, label}
+    objects:   per image a list of {category_id, bbox: x y w h in pixels, score} that seg and kpt
+               are asked about; None: those that the model detects
+    levels:    gen: times t at which the loss on the records' own pixels is taken, too
+    callback:  gen: callback(i, pixels) sees the estimate of each sampling step
+    """
+    records: list
+    c: Config
+    objects: list | None = None
+    generator: torch.Generator | None = None
+    levels: tuple = ()
+    callback: typing.Callable | None = None
+    context: torch.Tensor | None = field(default=None, init=False)
+
+    @cached_property
+    def images(self):
+        return [record["image"] for record in self.records]
+
+    @cached_property
+    def views(self):
+        return [data.eval_view(data.whole(im), self.c.model.image_size) for im in self.images]
+
+    def encode(self, model):
+        """The encoded images (B, N, dec_dim)."""
+        if self.context is None:
+            self.context = encode_views(model, self.images, self.views)
+        return self.context
+
+
+# --------------------------------------------------------------------------------------------------
+# PREDICT[task](model, inputs, c) -> a dict per record, what the model says about it
+
+def detect(model, inputs, c):
+    """[{objects}]: the model's own, or the ones that `inputs` came with (2109.10852)."""
+    if inputs.objects is None:
+        prompts = torch.full((len(inputs.records), 1), tokenizer.PROMPT_DET)
+        out = generate(
+            model,
+            inputs,
+            prompts,
+            length=5 * c.data.max_objects,
+            top_p=c.sampling.top_p,
+            end=tokenizer.PAD,
+            return_logprobs=c.vocab.classes,
+        )
+        inputs.objects = read_objects(inputs.views, out.tokens[:, 0], out.logprobs[:, 0], c)
+    return [{"objects": objects} for objects in inputs.objects]
+
+
+def generate(model, inputs, prompts, context=None, **options):
+    """Tokens after each prompt about the encoded images, drawn as c.sampling says."""
+    context, s = inputs.encode(model) if context is None else context, inputs.c.sampling
+    return model.generate(
+        context,
+        prompts.to(context.device),
+        temperature=s.temperature,
+        top_k=s.top_k,
+        generator=inputs.generator,
+        **options,
+    )
+
+
+def read_objects(views, tokens, class_logprobs, c):
+    """Detection sequences (B, T) and (B, T, classes) -> per image a list of objects. Left out: what
+    stands after the end of a sequence, labels without a category, empty boxes."""
+    labels, boxes, scores = tokenizer.decode_detection(tokens, class_logprobs, c.vocab)
+    id_of = {category["label"]: category["id"] for category in c.categories}
+    corners = boxes.float().cpu().numpy().reshape(len(views), -1, 2, 2).astype(np.float64)
+    found = []
+    for view, *rows in zip(views, corners, labels.tolist(), scores.tolist()):
+        rows[0] = view.to_image(rows[0]).clip((view.top, view.left), (view.bottom, view.right))
+        found.append([
+            {"category_id": id_of[label], "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
+            for ((y0, x0), (y1, x1)), label, score in zip(rows[0].tolist(), *rows[1:])
+            if score > 0 and label in id_of and y1 > y0 and x1 > x0])
+    return found
+
+
+def segment(model, inputs, c):
+    """[{objects}], with a mask each: sampled polygons, averaged (2206.07669, section 2.3)."""
+    found = detect(model, inputs, c)
+    if not any(inputs.objects):
+        return found
+    boxes, labels = prompt_boxes(inputs.views, inputs.objects, c)
+    prompts = tokenizer.instance_prompt(tokenizer.PROMPT_SEG, boxes, labels, c.vocab)
+    for start in range(0, prompts.shape[1], 16):       # the cache of keys limits how many at a time
+        out = generate(
+            model,
+            inputs,
+            prompts[:, start:start + 16],
+            length=2 * c.data.max_points,
+            samples=c.sampling.seg_samples,
+            top_p=c.sampling.seg_top_p,
+            end=tokenizer.PAD,
+        )
+        points = tokenizer.decode_points(out.tokens, c.vocab).cpu()
+        points = points.unflatten(1, (-1, c.sampling.seg_samples))             # (B, G, samples, P)
+        for image, view, objects, rows in zip(inputs.images, inputs.views, inputs.objects, points):
+            for obj, polygons in zip(objects[start:], rows):
+                add_mask(obj, view, polygons, image.size)
+    return found
+
+
+def find_keypoints(model, inputs, c):
+    """[{objects}], with keypoints where their category has some: each object is cropped out and
+    encoded by itself; invisible keypoints are guessed, too (2206.07669, section 2.3)."""
+    found = detect(model, inputs, c)
+    counts = {k["id"]: len(k["keypoints"]) for k in c.categories if k.get("keypoints")}
+    for image, objects in zip(inputs.images, inputs.objects):
+        people = [obj for obj in objects if obj["category_id"] in counts]
+        for part in (people[i:i + 32] for i in range(0, len(people), 32)):
+            views = [keypoint_view(image, obj["bbox"], c) for obj in part]
+            boxes, labels = prompt_boxes(views, [[obj] for obj in part], c)
+            prompts = tokenizer.instance_prompt(tokenizer.PROMPT_KPT, boxes, labels, c.vocab)
+            out = generate(
+                model,
+                inputs,
+                prompts,
+                context=encode_views(model, [image] * len(part), views),
+                length=2 * max(counts.values()),
+                top_p=c.sampling.kpt_top_p,
+                suppress=tokenizer.INVISIBLE,
+            )
+            tokens, probs = out.tokens[:, 0].cpu(), out.probs[:, 0].cpu()
+            scores = tokenizer.point_score(torch.tensor([o["score"] for o in part]), tokens, probs)
+            points = tokenizer.decode_points(tokens, c.vocab).numpy()
+            for obj, view, row, score in zip(part, views, points, scores.tolist()):
+                add_keypoints(obj, view, row[:2 * counts[obj["category_id"]]], score)
+    return found
+
+
+def caption(model, inputs, c):
+    """[{caption}]"""
+    out = generate(
+        model,
+        inputs,
+        torch.full((len(inputs.records), 1), tokenizer.PROMPT_CAP),
+        length=c.data.caption_length,
+        top_p=c.sampling.cap_top_p,
+        end=c.vocab.text_shift + tokenizer.END_PIECE,
+    )
+    texts = tokenizer.decode_captions(out.tokens[:, 0], c.vocab)
+    return [{"caption": text} for text in texts]
+
+
+def make_images(model, inputs, c):
+    """[{pixels, label}]: a new image of the record's label, (H, W, C) uint8, or a clip (T, H, W, C)
+    that goes on from the record's context frames; with `levels`, the losses at each of them."""
+    # Every example sees the network's own estimate, as in sampling, and none is mirrored.
+    always = replace(c.diffusion, self_cond_rate=1.0, self_cond_masking=False)
+    c = replace(c, data=replace(c.data, flip=False), diffusion=always)
+    examples = [data.gen_example(record, c, None) for record in inputs.records]
+    batch = data.collate("gen", c)(examples).to(device_of(model))
+    losses = []
+    for t in inputs.levels:
+        times = torch.full((len(examples),), t, device=device_of(model))
+        noise = inputs.generator.clone_state()         # the same at every level
+        losses.append(diffusion.denoising_losses(model, batch, c, times, noise).cpu().numpy())
+    pixels = diffusion.generate(
+        model, c, len(examples), batch.cond, inputs.generator, inputs.callback)
+    if c.model.cond_frames:
+        pixels = torch.cat([batch.cond["frames"], pixels], 2)
+    pixels = pixels.movedim(1, -1).cpu().numpy()
+    return [
+        {"pixels": pixels[i], "label": record["label"], "losses": [at[i] for at in losses]}
+        for i, record in enumerate(inputs.records)]
+
+
+PREDICT = {
+    "det": detect,
+    "seg": segment,
+    "kpt": find_keypoints,
+    "cap": caption,
+    "gen": make_images,
+}
+
+
+@torch.no_grad()
+def predict(model, inputs, c, tasks, table=PREDICT):
+    """All that `tasks` say about each record, one dict per record."""
+    predictions = [{} for _ in inputs.records]
+    for task in table:
+        if task in tasks:
+            for prediction, said in zip(predictions, table[task](model, inputs, c)):
+                prediction.update(said)
+    return predictions
+
+
+# ==== reference ===================================================================================
+# images into the network, boxes into prompts, masks and keypoints out of points
+
+def encode_views(model, images, views):
+    """PIL images and the views of them -> (B, N, dec_dim)."""
+    pixels = np.stack([view.image(image) for image, view in zip(images, views)])
+    sizes = torch.tensor([[view.height, view.width] for view in views])
+    device = device_of(model)
+    return model.encode(data.to_images(torch.from_numpy(pixels).to(device), sizes.to(device)))
+
+
+def device_of(model):
+    return next(model.parameters()).device
+
+
+def prompt_boxes(views, objects, c):
+    """Objects of B views -> boxes_yxyx (B, G, 4), fractions of the canvas, and labels (B, G)."""
+    label_of = {category["id"]: category["label"] for category in c.categories}
+    most = max(map(len, objects))
+    rows = []
+    for view, group in zip(views, objects):
+        corners = [box_corners(obj["bbox"]) for obj in group]
+        boxes = data.view_boxes(view, np.array(corners, np.float64).reshape(-1, 4))
+        labels = np.array([label_of[obj["category_id"]] for obj in group], np.int64)
+        rows.append(data.pad_objects(view, boxes, labels, most))
+    return (torch.from_numpy(np.stack([row[key] for row in rows])) for key in ("boxes", "labels"))
+
+
+def box_corners(bbox):
+    """x y w h -> y0 x0 y1 x1."""
+    x, y, w, h = bbox
+    return y, x, y + h, x + w
+
+
+def true_objects(record, categories):
+    """A record's objects without crowds, as if detected with certainty."""
+    id_of = {category["label"]: category["id"] for category in categories}
+    rows = zip(record["labels"].tolist(), record["boxes"].tolist(), record["iscrowd"])
+    return [
+        {"category_id": id_of[label], "bbox": [x0, y0, x1 - x0, y1 - y0], "score": 1.0}
+        for label, (y0, x0, y1, x1), crowd in rows if not crowd]
+
+
+def keypoint_view(image, bbox, c):
+    """The crop around a box in which its keypoints are looked for."""
+    region = data.around_box(image, np.array(box_corners(bbox)), c.data.crop_margin)
+    return data.eval_view(region, c.model.image_size)
+
+
+def add_mask(obj, view, polygons, size):
+    """Adds the mean of sampled polygons (samples, P), where at least one half, as COCO's run-length
+    mask of the whole image; points as of `tokenizer.decode_points`, size is (width, height)."""
+    mean = sum(polygon_mask(view, points, size) for points in polygons) / len(polygons)
+    rle = mask_tools.encode(np.asfortranarray((mean >= 0.5).astype(np.uint8)))
+    obj["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode()}
+
+
+def polygon_mask(view, points, size):
+    """(P,) points -> (H, W) uint8."""
+    polygons = [view.to_image(p) for p in tokenizer.split_polygons(points) if len(p) >= 3]
+    if not polygons:
+        return np.zeros(size[::-1], np.uint8)
+    flat = [polygon[:, ::-1].ravel().tolist() for polygon in polygons]
+    parts = mask_tools.frPyObjects(flat, size[1], size[0])
+    return mask_tools.decode([mask_tools.merge(parts)])[..., 0]
+
+
+def add_keypoints(obj, view, points, score):
+    """Adds keypoints x y 2 in pixels, of points (2 K,), fractions of the view's canvas. One that is
+    no coordinate is put at the box's centre."""
+    x, y, w, h = obj["bbox"]
+    points = points.reshape(-1, 2).astype(np.float64)
+    missing = (points < 0).any(-1, keepdims=True)
+    yx = np.where(missing, (y + h / 2, x + w / 2), view.to_image(points))
+    visible = np.full((len(points), 1), 2.0)
+    obj["keypoints"] = np.concatenate([yx[:, ::-1], visible], -1).ravel().tolist()
+    obj["keypoint_score"] = score
+
+
+# --------------------------------------------------------------------------------------------------
 # checkpoints
 
-def pick_device(name):
-    """"auto" -> cuda, else mps, else cpu; anything else is torch's own name of a device."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-
-
 def find_checkpoint(path=None):
-    """A checkpoint file, or the best one of a run's folder; without a path, of the run that wrote last."""
-    if path is None:
+    """A checkpoint file, or the best one of a run's folder; without a path, of the newest run."""
+    if not path:
         runs = glob.glob("out/*/last.pt")
         if not runs:
-            raise FileNotFoundError("no run in out/: train one with `python train.py`, or name a checkpoint with --ckpt")
+            raise FileNotFoundError(
+                "no run in out/: train one with `python train.py`, or name a checkpoint, --ckpt")
         path = os.path.dirname(max(runs, key=os.path.getmtime))
     if os.path.isdir(path):
         best, last = os.path.join(path, "best.pt"), os.path.join(path, "last.pt")
@@ -50,449 +370,411 @@ def find_checkpoint(path=None):
     return path
 
 
-def read_checkpoint(path, device="cpu"):
-    """The dict that train.py saved. Only tensors and plain values are read: a file from a stranger can run no code."""
-    try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        return checkpoint if checkpoint["config"] else None
-    except FileNotFoundError:
-        raise
-    except Exception as e:                             # torch raises many types for a damaged file
-        raise ValueError(f"{path}: not a whole checkpoint of train.py ({type(e).__name__}: {str(e).splitlines()[0]})") from e
-
-
-def is_reference(path):
-    """Whether a path is a TensorFlow checkpoint of the reference: its folder, or DIR/ckpt-N."""
-    return bool(path) and (os.path.exists(f"{path}.index") or os.path.exists(os.path.join(path, "checkpoint")))
-
-
-def read_weights(path, **known):
-    """A checkpoint of train.py (file or folder) or of the reference -> the dict of `read_checkpoint`.
-    known: what a checkpoint of the reference does not tell, see `model.reference_checkpoint`."""
-    return reference_checkpoint(path, **known) if is_reference(path) else read_checkpoint(find_checkpoint(path))
-
-
-def load_model(path, device, **known):
-    """Checkpoint, as of `read_weights` -> the model, ready to predict, and the configuration that it was trained with."""
-    checkpoint = read_weights(path, **known)
-    c = SimpleNamespace(**checkpoint["config"])
-    network, kind = NETWORKS[checkpoint["network"]]
-    c.model = kind(**c.model)
-    model = network(c.model)
-    load_weights(model, checkpoint.get("ema", checkpoint["model"]))
-    c.categories = checkpoint["categories"]            # of the training data: list of {id, name, label}
-    return model.to(device).eval(), c
-
-
-def add_checkpoint_arguments(parser):
-    """What sample.py and eval.py let the user say about the model."""
-    parser.add_argument("--ckpt", "--init_from", help="checkpoint file or folder of a run (default: the newest run in out/), or the folder "
-                        "or DIR/ckpt-N of a TensorFlow checkpoint of the reference")
-    parser.add_argument("--categories", nargs="+", help="of a reference checkpoint: annotation files in COCO's format that name the classes")
-    parser.add_argument("--image_size", type=int, help="of a reference checkpoint: side of its images in pixels")
-    parser.add_argument("--pieces", help="of a reference checkpoint: SentencePiece model file, for captions")
-
-
-def checkpoint_arguments(args):
-    """The parsed arguments of `add_checkpoint_arguments` -> (path, what `load_model` takes as known)."""
-    known = {key: getattr(args, key) for key in ("categories", "pieces") if getattr(args, key)}
-    return args.ckpt, known | ({"image_size": (args.image_size,) * 2} if args.image_size else {})
-
-
-def add_sampling_arguments(parser):
-    """What sample.py and eval.py let the user say about generating."""
-    parser.add_argument("--steps", type=int, help="generate: calls of the network (default: as trained, as for the next three)")
-    parser.add_argument("--sampler", choices=list(SAMPLERS), help="generate: how noise is taken away")
-    parser.add_argument("--guidance", type=float, help="generate: how far beyond the prediction without label")
-    parser.add_argument("--td", type=float, help="generate: each step goes further by this share of a step")
-
-
-def set_sampling(c, args):
-    """Puts the parsed arguments of `add_sampling_arguments` into a model's configuration."""
-    for key, value in (("sample_steps", args.steps), ("sampler", args.sampler), ("guidance", args.guidance), ("td", args.td)):
-        if value is not None:
-            setattr(c, key, value)
-
-
-def make_vocab(c):
-    return tokenizer.Vocab(c.bins, c.coord_shift, c.text_shift, c.model.vocab_size)
-
-
-def make_pieces(c):
-    """The pieces of captions: a SentencePiece model file, or bytes."""
-    return tokenizer.SentencePieces(c.pieces) if c.pieces else tokenizer.BytePieces()
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# prediction: functions of a model and its configuration c
-
-TASKS = ("det", "seg", "kpt", "cap")
-
-
-def look(model, images, c, tasks, boxes=None, generator=None):
-    """Everything that the tasks ask for, about each image.
-
-    images: list of B PIL RGB, of any size
-    tasks:  some of TASKS
-    boxes:  what to segment and to find the joints of: for each image a list of {category_id, bbox, score}; None: what the
-            model's own detection pass finds
-    Returns for each image {objects: [{category_id, bbox: xywh px, score, segmentation: RLE, keypoints: x y v ...}], caption: str},
-    the parts that the tasks ask for; keypoint_score stands beside keypoints.
-    """
-    device = next(model.parameters()).device
-    views = [data.eval_view(data.whole(image), c.model.image_size) for image in images]
-    found = [{} for _ in images]
-    if set(tasks) != {"kpt"} or boxes is None:
-        context = model.encode(stack_views(images, views, device))
-    if boxes is None and set(tasks) & {"det", "seg", "kpt"}:
-        category_of = {category["label"]: category["id"] for category in c.categories}
-        boxes = [objects_in_image(view, *objects, category_of) for view, *objects in zip(views, *detect(model, context, c, generator))]
-    for i, objects in enumerate(boxes or ()):
-        found[i]["objects"] = [dict(thing) for thing in objects]
-    if "seg" in tasks:
-        segment(model, context, images, views, [f["objects"] for f in found], c, generator)
-    if "kpt" in tasks:
-        for image, f in zip(images, found):
-            find_joints(model, image, f["objects"], c, generator)
-    if "cap" in tasks:
-        for f, caption in zip(found, describe(model, context, c, generator)):
-            f["caption"] = caption
-    return found
-
-
-def stack_views(images, views, device):
-    """PIL images and their views -> (B, 3, H, W) float on the device."""
-    pixels = np.stack([view.image(image) for image, view in zip(images, views)])
-    return data.to_images(torch.from_numpy(pixels), torch.tensor([[view.height, view.width] for view in views]), device)
-
-
-def detect(model, context, c, generator=None):
-    """Encoded images (B, N, D) -> labels (B, max_objects), boxes_yxyx (B, max_objects, 4) fractions and scores."""
-    vocab = make_vocab(c)
-    prompt = torch.full((len(context), 1), tokenizer.PROMPT_DET, device=context.device)
-    out = model.generate(context, prompt, 5 * c.max_objects, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p,
-                         end=tokenizer.PAD, keep=vocab.classes, generator=generator)
-    return tokenizer.decode_detection(out.tokens[:, 0], out.logprobs[:, 0], vocab)
-
-
-def objects_in_image(view, labels, boxes, scores, category_of):
-    """Predictions about one image (N,), (N, 4), (N,) -> list of {category_id, bbox: xywh pixels of the image, score}.
-    Left out: what the sequence ended before, classes the data does not have, empty boxes."""
-    corners = view.to_image(boxes.float().cpu().numpy().reshape(-1, 2, 2).astype(np.float64))
-    corners = corners.clip((view.top, view.left), (view.bottom, view.right))
-    objects = []
-    for label, ((y0, x0), (y1, x1)), score in zip(labels.tolist(), corners.tolist(), scores.tolist()):
-        if score > 0 and label in category_of and y1 > y0 and x1 > x0:
-            objects.append({"category_id": category_of[label], "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score})
-    return objects
-
-
-def true_boxes(record, category_of):
-    """A record's objects, without crowds, as if detected with certainty."""
-    return [{"category_id": category_of[label], "bbox": [x0, y0, x1 - x0, y1 - y0], "score": 1.0}
-            for label, (y0, x0, y1, x1), crowd in zip(record["labels"].tolist(), record["boxes"].tolist(), record["iscrowd"]) if not crowd]
-
-
-def told_boxes(views, objects, c, device):
-    """Objects as of `look` about B images -> boxes_yxyx (B, G, 4) fractions of the canvas and labels (B, G), padded."""
-    label_of = {category["id"]: category["label"] for category in c.categories}
-    G = max(map(len, objects))
-    rows = []
-    for view, things in zip(views, objects):
-        x, y, w, h = np.array([thing["bbox"] for thing in things], np.float64).reshape(-1, 4).T
-        boxes = data.view_boxes(view, np.stack([y, x, y + h, x + w], -1))
-        rows.append(data.pad_objects(view, boxes, np.array([label_of[thing["category_id"]] for thing in things], np.int64), G))
-    return (torch.from_numpy(np.stack([row[key] for row in rows])).to(device) for key in ("boxes", "labels"))
-
-
-def segment(model, context, images, views, objects, c, generator=None):
-    """Adds a mask to each object, in place: the mean of several sampled outlines, at least one half (2206.07669, section 2.3)."""
-    if not any(objects):
-        return
-    vocab = make_vocab(c)
-    prompts = tokenizer.instance_prompt(tokenizer.PROMPT_SEG, *told_boxes(views, objects, c, context.device), vocab)
-    for start in range(0, prompts.shape[1], 16):       # so many objects an image at a time: the cache of keys is large
-        out = model.generate(context, prompts[:, start:start + 16], 2 * c.max_points, samples=c.seg_samples, temperature=c.temperature,
-                             top_k=c.top_k, top_p=c.seg_top_p, end=tokenizer.PAD, generator=generator)
-        points = tokenizer.decode_points(out.tokens, vocab).cpu().unflatten(1, (-1, c.seg_samples))     # (B, G, samples, P)
-        for image, view, things, rows in zip(images, views, objects, points):
-            for thing, samples in zip(things[start:], rows):
-                mean = sum(mask_of(view, sample, image.size) for sample in samples) / c.seg_samples
-                thing["segmentation"] = to_rle(mean >= 0.5)
-
-
-def mask_of(view, points, size):
-    """(P,) points as of `tokenizer.decode_points` -> (H, W) uint8 mask of the whole image; size is (W, H)."""
-    outlines = [view.to_image(p)[:, ::-1].ravel().tolist() for p in tokenizer.split_polygons(points) if len(p) >= 3]
-    if not outlines:
-        return np.zeros(size[::-1], np.uint8)
-    return mask_tools.decode([mask_tools.merge(mask_tools.frPyObjects(outlines, size[1], size[0]))])[..., 0]
-
-
-def to_rle(mask):
-    """(H, W) bool -> COCO's run-length form, fit for JSON."""
-    rle = mask_tools.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": rle["size"], "counts": rle["counts"].decode()}
-
-
-def find_joints(model, image, objects, c, generator=None):
-    """Adds keypoints and keypoint_score to the objects of categories that have joints, in place. Each is cropped out and
-    encoded by itself; an invisible joint is guessed too (2206.07669, section 2.3)."""
-    joints = {category["id"]: len(category["keypoints"]) for category in c.categories if category.get("keypoints")}
-    people = [thing for thing in objects if thing["category_id"] in joints]
-    vocab, device = make_vocab(c), next(model.parameters()).device
-    for start in range(0, len(people), 32):            # so many crops at a time
-        part = people[start:start + 32]
-        corners = np.array([thing["bbox"] for thing in part])[:, [1, 0, 3, 2]]
-        views = [data.eval_view(data.around_box(image, np.concatenate([box[:2], box[:2] + box[2:]]), c.crop_margin), c.model.image_size)
-                 for box in corners]
-        prompts = tokenizer.instance_prompt(tokenizer.PROMPT_KPT, *told_boxes(views, [[thing] for thing in part], c, device), vocab)
-        length = 2 * max(joints.values())
-        out = model.generate(model.encode(stack_views([image] * len(part), views, device)), prompts, length, temperature=c.temperature,
-                             top_k=c.top_k, top_p=c.kpt_top_p, forbid=tokenizer.INVISIBLE, generator=generator)
-        scores = tokenizer.point_score(torch.tensor([thing["score"] for thing in part], device=device), out.tokens[:, 0], out.probs[:, 0])
-        points = tokenizer.decode_points(out.tokens[:, 0], vocab).cpu().numpy()
-        for thing, view, row, score in zip(part, views, points, scores.tolist()):
-            add_joints(thing, view, row[:2 * joints[thing["category_id"]]], score)
-
-
-def add_joints(thing, view, points, score):
-    """(2 K,) points, fractions of a view's canvas -> keypoints x y 2 in pixels; one that is no coordinate is put at the box's centre."""
-    x, y, w, h = thing["bbox"]
-    points = points.reshape(-1, 2).astype(np.float64)
-    pixels = np.where((points < 0).any(-1, keepdims=True), (y + h / 2, x + w / 2), view.to_image(points))
-    thing["keypoints"] = np.concatenate([pixels[:, ::-1], np.full((len(points), 1), 2.0)], -1).ravel().tolist()
-    thing["keypoint_score"] = score
-
-
-def describe(model, context, c, generator=None):
-    """Encoded images (B, N, D) -> B captions."""
-    vocab, pieces = make_vocab(c), make_pieces(c)
-    prompt = torch.full((len(context), 1), tokenizer.PROMPT_CAP, device=context.device)
-    out = model.generate(context, prompt, c.caption_length, temperature=c.temperature, top_k=c.top_k, top_p=c.cap_top_p,
-                         end=vocab.text_shift + tokenizer.END_PIECE, generator=generator)
-    return tokenizer.decode_captions(out.tokens[:, 0], vocab, pieces)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# pictures
-
-PALETTE = [(230, 60, 60), (60, 160, 250), (90, 200, 90), (250, 180, 40), (190, 100, 240), (60, 210, 210), (250, 120, 180)]
-
-
-def draw(image, found, c, min_score=0.3, side=384):
-    """PIL RGB and what `look` found in it -> a copy with masks, joints, boxes, names, scores and the caption, small images enlarged."""
-    zoom = max(1, round(side / max(image.size)))
-    picture = image.resize((image.width * zoom, image.height * zoom), Image.NEAREST)
-    font = ImageFont.load_default(max(12, max(picture.size) // 40))
-    categories = {category["id"]: category for category in c.categories}
-    things = sorted((t for t in found.get("objects", ()) if t["score"] >= min_score), key=lambda t: t["score"])
-    colors = [PALETTE[i % len(PALETTE)] for i in range(len(things))]
-    for thing, color in zip(things, colors):           # masks first, so that they hide nothing else
-        if "segmentation" in thing:
-            mask = Image.fromarray(110 * mask_tools.decode([thing["segmentation"]])[..., 0]).resize(picture.size, Image.NEAREST)
-            picture.paste(Image.new("RGB", picture.size, color), mask=mask)
-    pen = ImageDraw.Draw(picture)
-    width = max(2, max(picture.size) // 300)
-    for thing, color in zip(things, colors):
-        x, y, w, h = (zoom * value for value in thing["bbox"])
-        category = categories[thing["category_id"]]
-        pen.rectangle((x, y, x + w, y + h), outline=color, width=width)
-        if "keypoints" in thing:
-            joints = [(zoom * px, zoom * py) for px, py in zip(thing["keypoints"][::3], thing["keypoints"][1::3])]
-            for a, b in category.get("skeleton", ()):
-                pen.line((joints[a - 1], joints[b - 1]), fill="white", width=width)
-            for px, py in joints:
-                pen.ellipse((px - 2 * width, py - 2 * width, px + 2 * width, py + 2 * width), fill=color, outline="black")
-        text = f"{category['name']} {thing['score']:.2f}"
-        left, top, right, bottom = pen.textbbox((x, y), text, font=font)
-        up = min(bottom - y + 2, y)                    # above the box where there is room
-        pen.rectangle((left, y - up, right + 2, bottom - up + 2), fill=color)
-        pen.text((x + 1, y - up), text, fill="black", font=font)
-    if "caption" not in found:
-        return picture
-    lines = wrap(found["caption"], lambda text: pen.textlength(text, font=font), picture.width - 8)
-    framed = Image.new("RGB", (picture.width, picture.height + (len(lines) + 1) * (font.size + 4)), "white")
-    framed.paste(picture)
-    ImageDraw.Draw(framed).multiline_text((4, picture.height + 2), "\n".join(lines), fill="black", font=font)
-    return framed
-
-
-def draw_attention(model, image, objects, c, most=4, side=192):
-    """Where the tokens of each of the likeliest objects looked: one row an object, one picture for y_min x_min y_max x_max class."""
-    device, vocab = next(model.parameters()).device, make_vocab(c)
-    view = data.eval_view(data.whole(image), c.model.image_size)
-    boxes, labels = told_boxes([view], [objects], c, device)
-    context = model.encode(stack_views([image], [view], device))
-    looked = model.attention_maps(context, tokenizer.encode_detection(boxes, labels, vocab).inputs).cpu()
-    rows, cols = model.encoder.grid
-    looked = looked[:, -rows * cols:].view(-1, 5, rows, cols)                  # without the class token
-    canvas = Image.fromarray(view.image(image))
-    scale = side / max(canvas.size)
-    canvas = canvas.resize((round(canvas.width * scale), round(canvas.height * scale)), Image.NEAREST)
-    pictures = []
-    for n in sorted(range(len(objects)), key=lambda n: -objects[n]["score"])[:most]:
-        y0, x0, y1, x1 = (boxes[0, n].cpu() * torch.tensor([canvas.height, canvas.width] * 2)).tolist()
-        for heat in looked[n]:
-            light = Image.fromarray((255 * heat / heat.max()).byte().numpy()).resize(canvas.size, Image.BILINEAR)
-            picture = Image.composite(canvas, Image.blend(canvas, Image.new("RGB", canvas.size), 0.8), light)
-            ImageDraw.Draw(picture).rectangle((x0, y0, x1, y1), outline="white")
-            pictures.append(picture)
-    return tile(pictures, columns=5)
-
-
-def wrap(text, length, most):
-    """str -> lines, each no longer than `most` by `length`, if its words allow."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        lines = [*lines[:-1], longer] if not lines[-1] or length(longer) <= most else [*lines, word]
-    return lines
-
-
-def tile(pictures, columns=4, gap=4):
-    """PIL pictures -> one, in rows of `columns`, each cell as large as the largest."""
-    columns = min(columns, len(pictures))
-    w, h = (max(p.size[i] for p in pictures) + gap for i in (0, 1))
-    sheet = Image.new("RGB", (columns * w - gap, -(-len(pictures) // columns) * h - gap), "white")
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i % columns * w, i // columns * h))
-    return sheet
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# generated images
-
-def known_frames(c, count):
-    """The first held-out clips of a model's data -> their first cond_frames, (count, C, cond_frames, H, W) in [0, 1]."""
-    source, rng = data.make_source(c, "val", "gen"), np.random.default_rng(0)
-    c = SimpleNamespace(**{**vars(c), "flip": False})
-    pixels = np.stack([data.gen_example(source[i % len(source)], c, rng)["pixels"] for i in range(count)])
-    return data.to_floats(torch.from_numpy(pixels), "cpu")[:, :, :c.model.cond_frames]
-
-
-def sample_images(model, c, args):
-    """Draw new images or clips into args.out, a strip of how they came about with args.strip. Returns the report."""
-    device, names = next(model.parameters()).device, [category["name"] for category in c.categories]
-    count, labels = args.count or 64, None
-    if args.class_name is not None and (args.class_name not in names or not c.model.num_classes):
-        raise ValueError(f"--class={args.class_name}: this model knows {', '.join(names) if c.model.num_classes else 'no classes'}")
-    if c.model.num_classes:
-        labels = torch.arange(count, device=device) % len(names)
-        if args.class_name is not None:
-            labels = torch.full_like(labels, names.index(args.class_name))
-    known = known_frames(c, count).to(device) if getattr(c.model, "cond_frames", 0) else None
-    generator, size, steps = torch.Generator(device).manual_seed(args.seed), 64, []
-    parts = []
-    for first in range(0, count, size):
-        part = slice(first, min(first + size, count))
-        keep = (lambda i, pixels: steps.append(pixels[:8].cpu())) if args.strip and first == 0 else None
-        pixels = generate(model, c, part.stop - first, None if labels is None else labels[part], None if known is None else known[part], generator, keep)
-        parts.append(pixels if known is None else torch.cat([known[part], pixels], 2))
-    os.makedirs(args.out, exist_ok=True)
-    pictures = [data.save_grid(data.to_pixels(torch.cat(parts)), os.path.join(args.out, "samples"))]
-    if steps:
-        chosen = [steps[round(i * (len(steps) - 1) / 9)] for i in range(10)]
-        film = torch.stack(chosen, 1)                  # (8, 10, C, H, W), of a video (8, 10, C, T, H, W): its last frame stands for it
-        film = film[:, :, :, -1] if film.ndim == 6 else film
-        pictures.append(data.save_grid(data.to_pixels(film.flatten(0, 1)), os.path.join(args.out, "strip"), columns=10))
-        last = torch.stack(steps + steps[-1:] * (len(steps) // 4 + 1), 2)      # (8, C, steps, ...)
-        last = last[:, :, :, -1] if last.ndim == 6 else last
-        pictures.append(data.save_grid(data.to_pixels(last), os.path.join(args.out, "denoising"), columns=4, ms=80))
-    return {"pictures": pictures, "samples": count, "seed": args.seed, "steps": c.sample_steps, "sampler": c.sampler, "guidance": c.guidance,
-            "td": c.td, "classes": None if labels is None else [names[label] for label in labels.tolist()]}
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", nargs="*", help="image files; none: held-out items of the model's own data")
-    add_checkpoint_arguments(parser)
-    parser.add_argument("--task", help=f"some of {','.join(TASKS)}, or all (default: what the model was trained on)")
-    parser.add_argument("--count", type=int, help="held-out items to show when no image is named (default: 8), or images to generate (64)")
-    parser.add_argument("--min_score", type=float, default=0.3, help="leave out objects below this score")
-    parser.add_argument("--temperature", type=float, help="of sampling (default: as trained; 0 for the likeliest tokens)")
-    parser.add_argument("--top_p", type=float, help="nucleus of sampling boxes (default: as trained)")
-    parser.add_argument("--boxes", nargs="+", metavar="X,Y,W,H,NAME", help="what to segment and to find the joints of, in pixels (default: what "
-                        "the model detects; for one that does not, the true boxes of held-out items)")
-    parser.add_argument("--attention", action="store_true", help="also draw where the tokens of each object looked")
-    add_sampling_arguments(parser)
-    parser.add_argument("--class", dest="class_name", metavar="NAME", help="generate: only this class (default: all in turn)")
-    parser.add_argument("--strip", action="store_true", help="generate: also a strip and a GIF of how images came out of noise")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", default="samples", help="folder for the pictures")
-    args = parser.parse_args()
-    try:
-        device = pick_device(args.device)
-        path, known = checkpoint_arguments(args)
-        model, c = load_model(path, device, **known)
-        if c.tasks == "gen":
-            if args.images or args.task not in (None, "gen"):
-                raise ValueError("this model generates: it takes no images and no other task")
-            set_sampling(c, args)
-            return print(json.dumps(sample_images(model, c, args), indent=1))
-        tasks = pick_tasks(args.task, c)
-        for key in ("temperature", "top_p"):
-            if getattr(args, key) is not None:
-                setattr(c, key, getattr(args, key))
-        if args.images:
-            inputs = [(name, data.load_image(name), None) for name in args.images]
-        else:
-            source = data.make_source(c, "val", tasks[0])
-            records = [source[i] for i in range(min(args.count or 8, len(source)))]
-            truth = {label: i for i, label in source.label_of.items()}
-            inputs = [(f"val_{r['image_id']}", r["image"], None if "det" in c.tasks else true_boxes(r, truth)) for r in records]
-        told = [read_box(text, c) for text in args.boxes] if args.boxes else None
-        generator = torch.Generator(device).manual_seed(args.seed)
-        os.makedirs(args.out, exist_ok=True)
-        pictures, report = [], []
-        for name, image, boxes in inputs:
-            boxes = told or boxes
-            if boxes is None and "det" not in c.tasks and set(tasks) & {"seg", "kpt"}:
-                raise ValueError("this model does not detect: say what to look at with --boxes=X,Y,W,H,NAME")
-            found = look(model, [image], c, tasks, None if boxes is None else [boxes], generator)[0]
-            pictures.append(draw(image, found, c, args.min_score))
-            target = os.path.join(args.out, os.path.splitext(os.path.basename(name))[0] + ".png")
-            pictures[-1].save(target)
-            if args.attention and found.get("objects"):
-                draw_attention(model, image, found["objects"], c).save(target.replace(".png", "_attention.png"))
-            names = {category["id"]: category["name"] for category in c.categories}
-            found["objects"] = [{"name": names[o["category_id"]], **o} for o in found.get("objects", ()) if o["score"] >= args.min_score]
-            report.append({"image": name, "picture": target, "width": image.width, "height": image.height, **found})
-    except (FileNotFoundError, ImportError, ValueError) as e:
-        sys.exit(f"error: {e}")
-    if len(pictures) > 1:
-        tile(pictures).save(os.path.join(args.out, "all.png"))
-    print(json.dumps(rounded(report), indent=1))
-    print(f"{path or find_checkpoint()}: {len(pictures)} pictures in {args.out}/" + (", all of them in all.png" if len(pictures) > 1 else ""), file=sys.stderr)
+def load_model(path, device):
+    """A checkpoint file -> the network on the device, ready to predict, and its Config."""
+    content = load(path, device.device)
+    saved = content["config"]
+    c = Config(
+        NETWORKS[content["network"]][1](**saved["model"]),
+        Vocab(**saved["vocab"]),
+        DataConfig(**saved["data"]),
+        DiffusionConfig(**saved["diffusion"]),
+        SamplingConfig(**saved["sampling"]),
+        saved["categories"],
+    )
+    model = build(c.model)
+    load_weights(model, content.get("ema", content["model"]))
+    return device.place(model).eval(), c
+
+
+# --------------------------------------------------------------------------------------------------
+# command line, of all scripts: options are fields of configurations
+
+class Parser(argparse.ArgumentParser):
+    """Errors of one line that name the nearest option; exit code 2."""
+
+    def __init__(self, **options):
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=raw, allow_abbrev=False, **options)
+
+    def error(self, message):
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+    def add_config(self, *parts, without=()):
+        """An option per field of each dataclass: typed by it, its comment as help. Only those that
+        are given stand in the result (see `configured`)."""
+        for part in parts:
+            group = self.add_argument_group(type(part).__name__)
+            comments = re.findall(r"^    (\w+): .*?# (.+)$", inspect.getsource(type(part)), re.M)
+            kinds = typing.get_type_hints(type(part))
+            for name, comment in comments:
+                if name in without:
+                    continue
+                text = f"{comment} (default: {getattr(part, name)})".replace("%", "%%")
+                bare = dict(nargs="?", const=True) if kinds[name] is bool else {}
+                group.add_argument(
+                    f"--{name}", type=reader(kinds[name]), help=text, metavar="...",
+                    default=argparse.SUPPRESS, **bare)
+
+    def parse(self, argv):
+        """The options given; a dash in a name is as good as an underscore."""
+        argv = [re.sub("^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), text)
+                for text in argv]
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            self.error(f"unknown option {name}{nearest(name, self._option_string_actions)}")
+        return args
+
+
+def nearest(name, choices):
+    close = difflib.get_close_matches(name, choices, 1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def reader(kind):
+    """The type of a field -> a function of a command line's text."""
+    items = typing.get_args(kind)
+
+    def convert(text):
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if not items:
+            return kind(text)
+        values = tuple(items[0](part) for part in text.split(",") if text)
+        if items[-1] is ...:
+            return values
+        values = values * len(items) if len(values) == 1 else values       # 640 stands for 640,640
+        return values if len(values) == len(items) else items[0]("not so many")
+
+    def read(text):
+        try:
+            return convert(text)
+        except (ValueError, KeyError):
+            name = f"{items[0].__name__}s between commas" if items else kind.__name__
+            message = f"expected {name}, got {text!r}"
+            raise argparse.ArgumentTypeError(message) from None
+
+    return read
+
+
+def given(part, args):
+    """A dataclass with those of its fields that were given on the command line."""
+    names = {f.name for f in fields(part)} & vars(args).keys()
+    return replace(part, **{name: getattr(args, name) for name in names})
+
+
+def configured(c, args):
+    """A Config with the options that were given."""
+    parts = {key: given(part, args) for key, part in vars(c).items() if is_dataclass(part)}
+    return replace(c, **parts)
 
 
 def pick_tasks(text, c):
-    """The text of --task -> tuple of tasks; ValueError if it names none, or one that the model does not know."""
-    trained = tuple(c.tasks.split(","))
-    tasks = trained if text in (None, "all") else tuple(text.split(","))
+    """The text of --task -> tuple of tasks; ValueError if the model does not know one."""
+    tasks = c.data.tasks if text == "all" else tuple(text.split(","))
     for task in tasks:
-        if task not in trained:
-            raise ValueError(f"--task={text}: this model knows {', '.join(trained)}")
+        if task not in c.data.tasks:
+            raise ValueError(f"--task={text}: this model knows {', '.join(c.data.tasks)}")
     return tasks
 
 
+@dataclass(frozen=True)
+class SampleOptions:
+    """What sample.py is asked for."""
+    ckpt: str = ""                      # checkpoint or folder of a run; empty: the newest run
+    task: str = "all"                   # some of det,seg,kpt,cap, or gen; all: all that it knows
+    count: int = 0                      # held-out items to show (0: 8), or samples (0: 64)
+    min_score: float = 0.3              # leave out objects below this score
+    attention: bool = False             # also draw the attention of each object's tokens
+    strip: bool = False                 # gen: also draw the way from noise to sample
+    seed: int = 0                       # of sampling
+    device: str = "auto"                # auto, cuda, mps or cpu
+    out: str = "samples"                # folder for the pictures
+
+
+def main():
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("images", nargs="*", help="image files; none: held-out items of the model's own data")
+    add("--boxes", nargs="+", metavar="X,Y,W,H,NAME", help="prompt boxes of seg and kpt, in pixels")
+    add("--class", dest="class_name", metavar="NAME", help="gen: only this class (default: all)")
+    parser.add_config(SampleOptions(), SamplingConfig())
+    args = parser.parse(sys.argv[1:])
+    options = given(SampleOptions(), args)
+    try:
+        device = Device(options.device)
+        path = find_checkpoint(options.ckpt)
+        model, c = load_model(path, device)
+        c = configured(c, args)
+        tasks = pick_tasks(options.task, c)
+        os.makedirs(options.out, exist_ok=True)
+        args = argparse.Namespace(**vars(args) | vars(options))
+        report = SHOW[tasks[0]](model, c, tasks, args, device.generator(options.seed))
+    except (FileNotFoundError, ImportError, ValueError) as e:
+        sys.exit(f"error: {e}")
+    print(json.dumps(rounded(report), indent=1))
+    print(f"{path}: pictures in {options.out}/", file=sys.stderr)
+
+
+def rounded(value):
+    """The same JSON value with its floats in four decimals."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(item) for item in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+# --------------------------------------------------------------------------------------------------
+# SHOW[task](model, c, tasks, args, generator): predictions as pictures, and the JSON to print
+
+def show_predictions(model, c, tasks, args, generator):
+    """A picture per image, and all of them in all.png."""
+    if args.images:
+        records = [{"image_id": name, "image": data.load_image(name)} for name in args.images]
+        prompts = [None] * len(records)
+    else:
+        records, prompts = held_out(c, tasks[0], args.count or 8)
+    if args.boxes:
+        boxes = [read_box(text, c) for text in args.boxes]
+        prompts = [[dict(box) for box in boxes] for _ in records]
+    if prompts[0] is None and "det" not in c.data.tasks and {"seg", "kpt"} & set(tasks):
+        raise ValueError("this model does not detect: name boxes with --boxes=X,Y,W,H,NAME")
+    names = {category["id"]: category["name"] for category in c.categories}
+    pictures, report = [], []
+    for record, objects in zip(records, prompts):
+        inputs = Inputs([record], c, None if objects is None else [objects], generator)
+        prediction = predict(model, inputs, c, tasks)[0]
+        pictures.append(draw(record["image"], prediction, c, args.min_score))
+        name = record["image_id"] if args.images else f"val_{record['image_id']}"
+        stem = os.path.join(args.out, os.path.splitext(os.path.basename(name))[0])
+        pictures[-1].save(f"{stem}.png")
+        objects = prediction.get("objects", ())
+        if args.attention and objects:
+            draw_attention(model, inputs, c).save(f"{stem}_attention.png")
+        prediction["objects"] = [
+            {"name": names[obj["category_id"]], **obj}
+            for obj in objects if obj["score"] >= args.min_score]
+        width, height = record["image"].size
+        where = {"image": name, "picture": f"{stem}.png", "width": width, "height": height}
+        report.append(where | prediction)
+    if len(pictures) > 1:
+        tile(pictures).save(os.path.join(args.out, "all.png"))
+    return report
+
+
 def read_box(text, c):
-    """X,Y,W,H,NAME -> an object as of `look`. ValueError, naming the classes, if it is none."""
+    """X,Y,W,H,NAME -> an object. ValueError, naming the classes, if it is none."""
     *numbers, name = text.split(",")
     ids = {category["name"]: category["id"] for category in c.categories}
     try:
         x, y, w, h = map(float, numbers)
         return {"category_id": ids[name], "bbox": [x, y, w, h], "score": 1.0}
     except (ValueError, KeyError):
-        raise ValueError(f"--boxes {text}: expected X,Y,W,H,NAME, the name one of {', '.join(ids)}") from None
+        expected = f"X,Y,W,H,NAME, the name one of {', '.join(ids)}"
+        raise ValueError(f"--boxes {text}: expected {expected}") from None
 
 
-def rounded(value):
-    """The same JSON value with its floats in four decimals."""
-    if isinstance(value, dict):
-        return {k: rounded(v) for k, v in value.items()}
-    return [rounded(v) for v in value] if isinstance(value, list) else round(value, 4) if isinstance(value, float) else value
+def held_out(c, task, count):
+    """The first held-out records of a task; what seg and kpt are asked about in each: its true
+    objects, or None if the model detects by itself."""
+    source = data.make_source(c, "val", task)
+    items = data.EvalSet(source)
+    records = [items[i] for i in range(min(count, len(items)))]
+    records = [record for record in records if not isinstance(record, str)]    # unreadable ones
+    if "det" in c.data.tasks:
+        return records, [None] * len(records)
+    return records, [true_objects(record, source.categories) for record in records]
+
+
+def show_samples(model, c, tasks, args, generator):
+    """A grid of samples; with --strip also of their estimates at every tenth of the way."""
+    if args.images or args.boxes:
+        raise ValueError("this model generates: it takes no images and no boxes")
+    names, count = [category["name"] for category in c.categories], args.count or 64
+    records = sample_records(c, count)
+    if args.class_name is not None:
+        if args.class_name not in names or not c.model.num_classes:
+            known = ", ".join(names) if c.model.num_classes else "no classes"
+            raise ValueError(f"--class={args.class_name}: this model knows {known}")
+        for record in records:
+            record["label"] = names.index(args.class_name)
+    steps, predictions = [], []
+    for first in range(0, count, 64):
+        part = Inputs(records[first:first + 64], c, generator=generator)
+        if args.strip and first == 0:
+            part.callback = lambda i, pixels: steps.append(pixels[:8].movedim(1, -1).cpu().numpy())
+        predictions += predict(model, part, c, tasks)
+    pictures = [draw_grid(predictions, os.path.join(args.out, "samples"))]
+    if steps:
+        steps = np.stack(steps, 1)                     # (8, steps, [T,] H, W, C)
+        if steps.ndim == 6:
+            steps = steps[:, :, -1]                    # the last frame stands for a clip
+        tenths = [round(i * (steps.shape[1] - 1) / 9) for i in range(10)]
+        strip = steps[:, tenths].reshape(-1, *steps.shape[2:])
+        pictures.append(data.save_grid(strip, os.path.join(args.out, "strip"), columns=10))
+        pause = np.repeat(steps[:, -1:], steps.shape[1] // 4 + 1, 1)
+        film = np.concatenate([steps, pause], 1)
+        film = data.save_grid(film, os.path.join(args.out, "denoising"), columns=4, ms=80)
+        pictures.append(film)
+    s, known = c.sampling, c.model.num_classes
+    return {
+        "pictures": pictures, "samples": count, "seed": args.seed, "sample_steps": s.sample_steps,
+        "sampler": s.sampler, "guidance": s.guidance, "td": s.td,
+        "classes": [names[record["label"]] for record in records] if known else None}
+
+
+def sample_records(c, count):
+    """Records to generate from: labels in turn; a network that goes on from context frames gets
+    held-out clips, any other none of the data: their pixels are black."""
+    if c.model.cond_frames:
+        source = data.make_source(c, "val", "gen")
+        return [dict(source[i % len(source)]) for i in range(count)]
+    shape = (*c.model.sample_shape[1:], c.data.image_channels)
+    labels = np.arange(count) % max(len(c.categories), 1)
+    return [{"pixels": np.zeros(shape, np.uint8), "label": int(label)} for label in labels]
+
+
+SHOW = dict.fromkeys(PREDICT, show_predictions) | {"gen": show_samples}
+
+
+# PICTURE[task](model, c, count, generator, stem): a look at a model while it trains
+
+def picture_predictions(model, c, count, generator, stem):
+    """Predictions on the first held-out images, always the same ones."""
+    pictures = []
+    for record, objects in zip(*held_out(c, c.data.tasks[0], count)):
+        inputs = Inputs([record], c, None if objects is None else [objects], generator)
+        prediction = predict(model, inputs, c, c.data.tasks)[0]
+        pictures.append(draw(record["image"], prediction, c, side=256))
+    if pictures:
+        tile(pictures).save(f"{stem}.png")
+
+
+def picture_samples(model, c, count, generator, stem):
+    """A grid of samples, classes in turn."""
+    inputs = Inputs(sample_records(c, count), c, generator=generator)
+    draw_grid(predict(model, inputs, c, ("gen",)), stem)
+
+
+PICTURE = dict.fromkeys(PREDICT, picture_predictions) | {"gen": picture_samples}
+
+
+# --------------------------------------------------------------------------------------------------
+# pictures
+
+PALETTE = (
+    (230, 60, 60),
+    (60, 160, 250),
+    (90, 200, 90),
+    (250, 180, 40),
+    (190, 100, 240),
+    (60, 210, 210),
+    (250, 120, 180),
+)
+
+
+def draw_grid(predictions, stem):
+    return data.save_grid(np.stack([p["pixels"] for p in predictions]), stem)
+
+
+def draw(image, prediction, c, min_score=0.3, side=384):
+    """PIL RGB and what was predicted -> a copy with masks, keypoints, boxes, names, scores and the
+    caption, small images enlarged to about `side` pixels."""
+    zoom = max(1, round(side / max(image.size)))
+    picture = image.resize((image.width * zoom, image.height * zoom), Image.NEAREST)
+    font = ImageFont.load_default(max(12, max(picture.size) // 40))
+    categories = {category["id"]: category for category in c.categories}
+    objects = [obj for obj in prediction.get("objects", ()) if obj["score"] >= min_score]
+    objects = sorted(objects, key=lambda obj: obj["score"])
+    colors = [PALETTE[i % len(PALETTE)] for i in range(len(objects))]
+    for obj, color in zip(objects, colors):            # masks first, so that they hide nothing else
+        if "segmentation" in obj:
+            mask = Image.fromarray(110 * mask_tools.decode([obj["segmentation"]])[..., 0])
+            flat = Image.new("RGB", picture.size, color)
+            picture.paste(flat, mask=mask.resize(picture.size, Image.NEAREST))
+    pen = ImageDraw.Draw(picture)
+    for obj, color in zip(objects, colors):
+        draw_object(pen, obj, categories[obj["category_id"]], color, zoom, font)
+    if "caption" not in prediction:
+        return picture
+    lines = wrap(prediction["caption"], pen, font, picture.width - 8)
+    height = picture.height + (len(lines) + 1) * (font.size + 4)
+    framed = Image.new("RGB", (picture.width, height), "white")
+    framed.paste(picture)
+    text = "\n".join(lines)
+    ImageDraw.Draw(framed).multiline_text((4, picture.height + 2), text, fill="black", font=font)
+    return framed
+
+
+def draw_object(pen, obj, category, color, zoom, font):
+    """Its box, keypoints with their skeleton, name and score."""
+    line = max(2, max(pen.im.size) // 300)
+    x, y, w, h = (zoom * value for value in obj["bbox"])
+    pen.rectangle((x, y, x + w, y + h), outline=color, width=line)
+    if "keypoints" in obj:
+        points = zoom * np.reshape(obj["keypoints"], (-1, 3))[:, :2]
+        for a, b in category.get("skeleton", ()):
+            pen.line([tuple(points[a - 1]), tuple(points[b - 1])], fill="white", width=line)
+        for px, py in points:
+            dot = px - 2 * line, py - 2 * line, px + 2 * line, py + 2 * line
+            pen.ellipse(dot, fill=color, outline="black")
+    text = f"{category['name']} {obj['score']:.2f}"
+    left, top, right, bottom = pen.textbbox((x, y), text, font=font)
+    up = min(bottom - y + 2, y)                        # above the box where there is room
+    pen.rectangle((left, y - up, right + 2, bottom - up + 2), fill=color)
+    pen.text((x + 1, y - up), text, fill="black", font=font)
+
+
+def wrap(text, pen, font, width):
+    """str -> lines, each no wider than `width` pixels if its words allow."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if not lines[-1] or pen.textlength(longer, font=font) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def draw_attention(model, inputs, c, most=4, side=192):
+    """The cross-attention of the tokens of the likeliest objects of one image: a row per object, a
+    picture per token y_min x_min y_max x_max class."""
+    (view,), (image,), (objects,) = inputs.views, inputs.images, inputs.objects
+    boxes, labels = prompt_boxes([view], [objects], c)
+    tokens = tokenizer.encode_detection(boxes, labels, c.vocab).inputs
+    context = inputs.encode(model)
+    maps = model.attention_maps(context, tokens.to(context.device)).cpu()
+    rows, cols = model.encoder.grid
+    maps = maps[:, -rows * cols:].view(-1, 5, rows, cols)          # without the class token
+    canvas = Image.fromarray(view.image(image))
+    scale = side / max(canvas.size)
+    size = round(canvas.width * scale), round(canvas.height * scale)
+    canvas = canvas.resize(size, Image.NEAREST)
+    dark = Image.blend(canvas, Image.new("RGB", size), 0.8)
+    pictures = []
+    for n in sorted(range(len(objects)), key=lambda n: -objects[n]["score"])[:most]:
+        y0, x0, y1, x1 = (boxes[0, n] * torch.tensor(size[::-1] * 2)).tolist()
+        for heat in maps[n]:
+            light = Image.fromarray((255 * heat / heat.max()).byte().numpy())
+            picture = Image.composite(canvas, dark, light.resize(size, Image.BILINEAR))
+            ImageDraw.Draw(picture).rectangle((x0, y0, x1, y1), outline="white")
+            pictures.append(picture)
+    return tile(pictures, columns=5)
+
+
+def tile(pictures, columns=4, gap=4):
+    """PIL pictures -> one, in rows of `columns`, each cell as large as the largest."""
+    columns = min(columns, len(pictures))
+    w, h = (max(picture.size[i] for picture in pictures) + gap for i in (0, 1))
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * w - gap, rows * h - gap), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % columns * w, i // columns * h))
+    return sheet
 
 
 if __name__ == "__main__":

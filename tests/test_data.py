@@ -1,3 +1,4 @@
+import argparse
 import json
 import os
 import subprocess
@@ -9,17 +10,17 @@ import torch
 from PIL import Image
 
 import data
-from data import Coco, DataError, EvalSet, Shapes, TrainCollate, TrainStream
+from data import Coco, DataError, EvalSet, Shapes, TrainStream
 from model import Pix2SeqConfig
-from tokenizer import FAKE_LABEL, INVISIBLE, INVISIBLE_POINT, PAD, SEPARATOR, BytePieces, Vocab, decode_captions, decode_points, split_polygons
+from sample import configured
+from tokenizer import FAKE_LABEL, Vocab
 from train import Config
-
-VOCAB = Vocab(100, 110, 210, 210 + BytePieces.size)
 
 
 def options(size=64, **fields):
-    """A configuration for images of `size` px."""
-    return Config(model=Pix2SeqConfig(image_size=(size, size)), **fields)
+    """A configuration for images of `size` px; fields as on the command line."""
+    c = Config(model=Pix2SeqConfig(image_size=(size, size)), vocab=Vocab(100, 110, 210))
+    return configured(c, argparse.Namespace(**fields))
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +36,16 @@ def write_coco(folder, edit=lambda truth: None, sizes=((20, 30), (25, 25), (40, 
         pixels = np.random.default_rng(i).integers(0, 255, (h, w, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
         images.append({"id": i + 1, "file_name": f"{i}.png", "height": h, "width": w})
-        annotations.append({"id": i + 1, "image_id": i + 1, "category_id": 7, "bbox": [1, 2, 5, 6], "area": 30, "iscrowd": 0})
+        annotations.append(
+            {
+                "id": i + 1,
+                "image_id": i + 1,
+                "category_id": 7,
+                "bbox": [1, 2, 5, 6],
+                "area": 30,
+                "iscrowd": 0,
+            }
+        )
     truth = {"images": images, "annotations": annotations, "categories": [{"id": 7, "name": "cat"}]}
     edit(truth)
     (folder / "truth.json").write_text(json.dumps(truth))
@@ -44,10 +54,15 @@ def write_coco(folder, edit=lambda truth: None, sizes=((20, 30), (25, 25), (40, 
 
 # shapes
 
+
 def test_a_scene_is_a_function_of_seed_split_and_number():
     a, b = Shapes("train", seed=3)[17], Shapes("train", seed=3)[17]
     assert np.array_equal(a["image"], b["image"]) and np.array_equal(a["boxes"], b["boxes"])
-    for other in (Shapes("val", seed=3)[17], Shapes("train", seed=4)[17], Shapes("train", seed=3)[18]):
+    for other in (
+        Shapes("val", seed=3)[17],
+        Shapes("train", seed=4)[17],
+        Shapes("train", seed=3)[18],
+    ):
         assert not np.array_equal(a["image"], other["image"])
 
 
@@ -55,67 +70,136 @@ def test_boxes_of_shapes_hold_their_pixels():
     source, found = Shapes("val"), set()
     for i in range(60):
         record = source[i]
-        assert 1 <= len(record["labels"]) <= 4 and (record["boxes"] >= 0).all() and (record["boxes"] <= 64).all()
+        assert (
+            1 <= len(record["labels"]) <= 4
+            and (record["boxes"] >= 0).all()
+            and (record["boxes"] <= 64).all()
+        )
         found |= set(record["labels"].tolist())
         for box, parts in zip(record["boxes"], record["polygons"]):
             points = np.concatenate(parts)
             assert np.allclose([*points.min(0), *points.max(0)], box)
         for a in range(len(record["boxes"])):
-            assert all(data.box_iou(record["boxes"][a], record["boxes"][b]) < 0.25 for b in range(a))
+            assert all(
+                data.box_iou(record["boxes"][a], record["boxes"][b]) < 0.25 for b in range(a)
+            )
     assert found == {1, 2, 3, 4}
 
 
-def test_joints_of_a_figure_lie_on_the_figure():
+def test_keypoints_of_a_figure_lie_on_the_figure():
     import pycocotools.mask as mask
+
     for i in range(40):
         record = Shapes("val", size=256)[i]
-        for label, parts, joints in zip(record["labels"], record["polygons"], record["keypoints"]):
+        for label, parts, keypoints in zip(
+            record["labels"], record["polygons"], record["keypoints"]
+        ):
             if label != 4:
-                assert (joints == 0).all()
+                assert (keypoints == 0).all()
                 continue
-            inside = mask.decode([mask.merge(mask.frPyObjects([p[:, ::-1].ravel().tolist() for p in parts], 256, 256))])[..., 0]
-            near = np.array([inside[max(int(y) - 4, 0):int(y) + 5, max(int(x) - 4, 0):int(x) + 5].any() for y, x, _ in joints])
-            assert near.all(), (i, joints)
+            inside = mask.decode(
+                [
+                    mask.merge(
+                        mask.frPyObjects([p[:, ::-1].ravel().tolist() for p in parts], 256, 256)
+                    )
+                ]
+            )[..., 0]
+            near = np.array(
+                [
+                    inside[max(int(y) - 4, 0) : int(y) + 5, max(int(x) - 4, 0) : int(x) + 5].any()
+                    for y, x, _ in keypoints
+                ]
+            )
+            assert near.all(), (i, keypoints)
 
 
 @pytest.mark.parametrize("image_format", ["png", "jpg"])
 def test_exported_shapes_load_back_to_the_same_examples(tmp_path, image_format):
-    subprocess.run([sys.executable, data.__file__, "--export", str(tmp_path), "--count", "6", "--format", image_format], check=True, capture_output=True)
+    subprocess.run(
+        [
+            sys.executable,
+            data.__file__,
+            "--export",
+            str(tmp_path),
+            "--count",
+            "6",
+            "--format",
+            image_format,
+        ],
+        check=True,
+        capture_output=True,
+    )
     for split in ("train", "val"):
         drawn = Shapes(split, count=6)
         read = Coco(f"{tmp_path}/annotations/instances_{split}2017.json", f"{tmp_path}/{split}2017")
         assert len(read) == 6
         for i in range(6):
             a, b = drawn[i], read[i]
-            assert np.array_equal(a["labels"], b["labels"]) and np.allclose(a["boxes"], b["boxes"], atol=0.011)
+            assert np.array_equal(a["labels"], b["labels"]) and np.allclose(
+                a["boxes"], b["boxes"], atol=0.011
+            )
             difference = np.abs(np.asarray(a["image"], int) - np.asarray(b["image"], int))
             assert difference.max() == 0 if image_format == "png" else difference.mean() < 6
 
 
 # coco
 
+
 def test_a_good_dataset_is_read(tmp_path):
     source = Coco(*write_coco(tmp_path))
     record = source[0]
-    assert record["image"].size == (30, 20) and record["labels"].tolist() == [7] and record["boxes"].tolist() == [[2, 1, 8, 6]]
+    assert (
+        record["image"].size == (30, 20)
+        and record["labels"].tolist() == [7]
+        and record["boxes"].tolist() == [[2, 1, 8, 6]]
+    )
 
 
-
-@pytest.mark.parametrize("edit, words", [
-    (lambda t: t["images"].append({"id": 9, "file_name": "gone.png", "height": 5, "width": 5}), "1 images are not in .*gone.png"),
-    (lambda t: t["annotations"][1].update(image_id=77), r"image_id that no image has: 77 \(annotation 2\)"),
-    (lambda t: t["annotations"][1].update(category_id=5), r"category_id that no category has: 5 \(annotation 2\)"),
-    (lambda t: t["annotations"][0].update(bbox=[1, 2, 0, 4]), r"empty or outside.*annotation 1 \[1, 2, 0, 4\] in 30x20"),
-    (lambda t: t["annotations"][2].update(bbox=[1, 2, 30, 4]), r"empty or outside.*annotation 3"),
-    (lambda t: t["annotations"][2].pop("bbox"), "no bbox of four numbers: annotation 3"),
-    (lambda t: t["images"][0].update(id=2), "image ids appear twice: 2"),
-    (lambda t: t["annotations"][0].update(id=2), "annotation ids appear twice: 2"),
-    (lambda t: t["categories"].append({"id": 7, "name": "dog"}), "category ids appear twice: 7"),
-    (lambda t: t["images"][0].pop("width"), "images lack one of"),
-    (lambda t: t.pop("images"), "list 'images'"),
-    (lambda t: [t["annotations"].append({"id": 10 + i, "image_id": 100 + i, "category_id": 7, "bbox": [0, 0, 1, 1]}) for i in range(8)],
-     "8 annotations are of an image_id .* and 3 more"),
-])
+@pytest.mark.parametrize(
+    "edit, words",
+    [
+        (
+            lambda t: t["images"].append(
+                {"id": 9, "file_name": "gone.png", "height": 5, "width": 5}
+            ),
+            "1 images are not in .*gone.png",
+        ),
+        (
+            lambda t: t["annotations"][1].update(image_id=77),
+            r"image_id that no image has: 77 \(annotation 2\)",
+        ),
+        (
+            lambda t: t["annotations"][1].update(category_id=5),
+            r"category_id that no category has: 5 \(annotation 2\)",
+        ),
+        (
+            lambda t: t["annotations"][0].update(bbox=[1, 2, 0, 4]),
+            r"empty or outside.*annotation 1 \[1, 2, 0, 4\] in 30x20",
+        ),
+        (
+            lambda t: t["annotations"][2].update(bbox=[1, 2, 30, 4]),
+            r"empty or outside.*annotation 3",
+        ),
+        (lambda t: t["annotations"][2].pop("bbox"), "no bbox of four numbers: annotation 3"),
+        (lambda t: t["images"][0].update(id=2), "image ids appear twice: 2"),
+        (lambda t: t["annotations"][0].update(id=2), "annotation ids appear twice: 2"),
+        (
+            lambda t: t["categories"].append({"id": 7, "name": "dog"}),
+            "category ids appear twice: 7",
+        ),
+        (lambda t: t["images"][0].pop("width"), "images lack one of"),
+        (lambda t: t.pop("images"), "list 'images'"),
+        (
+            lambda t: [
+                t["annotations"].append(
+                    {"id": 10 + i, "image_id": 100 + i, "category_id": 7, "bbox": [0, 0, 1, 1]}
+                )
+                for i in range(8)
+            ],
+            "8 annotations are of an image_id .* and 3 more",
+        ),
+    ],
+)
 def test_what_is_wrong_with_a_dataset_is_named(tmp_path, edit, words):
     with pytest.raises(DataError, match="(?s)truth.json.*" + words):
         Coco(*write_coco(tmp_path, edit))
@@ -142,12 +226,18 @@ def test_bad_boxes_can_be_left_out(tmp_path):
 def test_category_ids_stay_if_they_can_and_are_mapped_back():
     assert data.assign_labels([1, 90, 899], 899, "x") == {1: 1, 90: 90, 899: 899}
     labels = data.assign_labels([0, 7, 9001, 2], 899, "x")
-    assert labels[7] == 7 and labels[2] == 2 and len(set(labels.values())) == 4 and all(1 <= v <= 899 for v in labels.values())
+    assert (
+        labels[7] == 7
+        and labels[2] == 2
+        and len(set(labels.values())) == 4
+        and all(1 <= v <= 899 for v in labels.values())
+    )
     with pytest.raises(DataError, match="3 categories.*room for 2"):
         data.assign_labels([1, 2, 3], 2, "x")
 
 
 # image files
+
 
 def test_every_kind_of_image_loads_as_the_same_picture(tmp_path):
     y, x = np.mgrid[:40, :60]
@@ -164,7 +254,7 @@ def test_every_kind_of_image_loads_as_the_same_picture(tmp_path):
     save("deep.tif", Image.fromarray(grey.astype(np.int32) * 257))
     save("grey_alpha.png", Image.fromarray(grey).convert("LA"))
     exif = Image.Exif()
-    exif[0x0112] = 6                                   # stored turned by a quarter
+    exif[0x0112] = 6  # stored turned by a quarter
     save("turned.jpg", picture.rotate(90, expand=True), quality=100, exif=exif)
     for name in os.listdir(tmp_path):
         image = data.load_image(str(tmp_path / name), (40, 60))
@@ -188,12 +278,15 @@ def test_a_photo_whose_labels_are_for_its_stored_form_is_not_turned(tmp_path):
 def test_an_unreadable_image_is_skipped_named_and_counted(tmp_path, content):
     paths = write_coco(tmp_path)
     good = (tmp_path / "images" / "1.png").read_bytes()
-    (tmp_path / "images" / "1.png").write_bytes(good[:len(good) // 2] if content is None else content)
+    (tmp_path / "images" / "1.png").write_bytes(
+        good[: len(good) // 2] if content is None else content
+    )
     source = Coco(*paths)
     c = options(32, max_objects=5)
-    stream = TrainStream(source, "det", c)
-    batch = TrainCollate("det", c, Vocab(), None)([stream[p] for p in range(6)])
-    assert batch["image"].shape[0] == 6 and len(batch["skipped"]) == 2 and all("1.png" in m for m in batch["skipped"])
+    stream = TrainStream(source, "det", c, seed=0)
+    batch = data.collate("det", c)([stream[p] for p in range(6)])
+    assert batch.images.shape[0] == 6 and len(batch.skipped) == 2
+    assert all("1.png" in message for message in batch.skipped)
     records = [EvalSet(source)[i] for i in range(3)]
     assert [isinstance(r, str) for r in records] == [False, True, False] and "1.png" in records[1]
 
@@ -203,10 +296,11 @@ def test_training_data_of_which_nothing_can_be_read_stops(tmp_path):
     for i in range(3):
         (tmp_path / "images" / f"{i}.png").write_bytes(b"")
     with pytest.raises(DataError, match="none of the 3 training images"):
-        TrainStream(Coco(*paths), "det", options(32))[0]
+        TrainStream(Coco(*paths), "det", options(32), seed=0)[0]
 
 
 # transforms
+
 
 def test_prediction_view_maps_points_there_and_back(rng):
     for size in ((640, 480), (31, 500), (1, 1), (333, 1000)):
@@ -221,14 +315,16 @@ def test_training_view_moves_boxes_with_their_pixels(rng):
         h, w = rng.integers(20, 90, 2)
         pixels = np.zeros((h, w, 3), np.uint8)
         y, x = rng.integers(2, h - 8), rng.integers(2, w - 8)
-        pixels[y:y + 6, x:x + 6] = 255
+        pixels[y : y + 6, x : x + 6] = 255
         view = data.train_view((0, 0, h, w), (64, 48), rng, (0.5, 2.0), True)
         box = data.view_boxes(view, np.array([[y, x, y + 6, x + 6]], float))
         canvas = view.image(Image.fromarray(pixels))
         y0, x0, y1, x1 = view.to_canvas(box.reshape(2, 2)).ravel() * (64, 48, 64, 48)
         lit = np.argwhere(canvas[..., 0] > 127)
         if len(lit):
-            assert np.abs(np.array([*lit.min(0), *lit.max(0) + 1]) - (y0, x0, y1, x1)).max() < 1.6, (i, view)
+            assert (
+                np.abs(np.array([*lit.min(0), *lit.max(0) + 1]) - (y0, x0, y1, x1)).max() < 1.6
+            ), (i, view)
         elif min(y1 - y0, x1 - x0) > 2:
             pytest.fail(f"box {y0, x0, y1, x1} has no pixels in {view}")
 
@@ -238,29 +334,48 @@ def test_noise_boxes_are_boxes_in_the_image(rng):
         boxes = np.sort(rng.random((n, 2, 2)), 1).reshape(n, 4)
         for count in (1, 17, 100):
             noise = data.noise_boxes(boxes, count, rng)
-            assert noise.shape == (count, 4) and (noise >= 0).all() and (noise <= 1).all() and (noise[:, 2:] >= noise[:, :2]).all()
+            assert (
+                noise.shape == (count, 4)
+                and (noise >= 0).all()
+                and (noise <= 1).all()
+                and (noise[:, 2:] >= noise[:, :2]).all()
+            )
 
 
 def test_training_example_keeps_objects_and_fills_up_with_noise(rng):
     record = Shapes("train")[0]
-    example = data.det_example(record, options(max_objects=10, scale_min=1, scale_max=1, flip=False), rng)
+    example = data.det_example(
+        record, options(max_objects=10, scale_min=1, scale_max=1, flip=False), rng
+    )
     real = example["labels"] > 0
-    assert sorted(example["labels"][real]) == sorted(record["labels"]) and (example["labels"][~real] == FAKE_LABEL).all()
+    assert (
+        sorted(example["labels"][real]) == sorted(record["labels"])
+        and (example["labels"][~real] == FAKE_LABEL).all()
+    )
     by_corner = lambda boxes: boxes[np.lexsort(boxes.T)]
-    assert np.allclose(by_corner(example["boxes"][real] * 64), by_corner(record["boxes"]), atol=1e-4)
+    assert np.allclose(
+        by_corner(example["boxes"][real] * 64), by_corner(record["boxes"]), atol=1e-4
+    )
 
 
 def test_crowds_are_not_trained_on_and_too_many_objects_are_cut(tmp_path, rng):
     def edit(truth):
-        truth["annotations"] = [{"id": i, "image_id": 1, "category_id": 7, "bbox": [1, 2, 5, 6], "iscrowd": int(i < 3)} for i in range(12)]
+        truth["annotations"] = [
+            {"id": i, "image_id": 1, "category_id": 7, "bbox": [1, 2, 5, 6], "iscrowd": int(i < 3)}
+            for i in range(12)
+        ]
+
     record = Coco(*write_coco(tmp_path, edit))[0]
-    labels = lambda n: data.det_example(record, options(max_objects=n, scale_min=1, scale_max=1, noise_boxes=False), rng)["labels"]
+    labels = lambda n: data.det_example(
+        record, options(max_objects=n, scale_min=1, scale_max=1, noise_boxes=False), rng
+    )["labels"]
     assert (labels(20) == 7).sum() == 9 and (labels(4) == 7).sum() == 4
 
 
 def test_a_one_pixel_box_and_an_image_without_objects_survive(tmp_path, rng):
     def edit(truth):
         truth["annotations"] = [{"id": 1, "image_id": 1, "category_id": 7, "bbox": [3, 3, 1, 1]}]
+
     source = Coco(*write_coco(tmp_path, edit))
     for i in range(3):
         example = data.det_example(source[i], options(max_objects=6), rng)
@@ -269,19 +384,31 @@ def test_a_one_pixel_box_and_an_image_without_objects_survive(tmp_path, rng):
 
 def test_padding_is_grey_and_exact():
     pixels = torch.full((2, 4, 6, 3), 255, dtype=torch.uint8)
-    images = data.to_images(pixels, torch.tensor([[4, 6], [2, 3]]), torch.device("cpu"))
+    images = data.to_images(pixels, torch.tensor([[4, 6], [2, 3]]))
     assert (images[0] == 1).all() and (images[1, :, :2, :3] == 1).all()
-    assert (images[1, :, 2:] == data.PAD_VALUE).all() and (images[1, :, :, 3:] == data.PAD_VALUE).all()
+    assert (images[1, :, 2:] == data.PAD_VALUE).all() and (
+        images[1, :, :, 3:] == data.PAD_VALUE
+    ).all()
 
 
 # streams
 
+
 def batches(workers, world=1, parts=1, start=0, steps=3, task="det", batch=8):
-    c = options(max_objects=6, scale_min=0.5, scale_max=1.5, seed=5, max_instances=3, max_points=20, caption_length=50)
-    stream = TrainStream(Shapes("train"), task, c)
-    loaders = [data.make_loader(stream, data.Positions(start, steps, batch, parts, rank, world), TrainCollate(task, c, VOCAB, BytePieces()), workers)
-               for rank in range(world)]
-    return [list(loader) for loader in loaders]
+    """Per process a list of its batches."""
+    c = options(
+        max_objects=6,
+        scale_min=0.5,
+        scale_max=1.5,
+        max_instances=3,
+        max_points=20,
+        caption_length=50,
+    )
+    stream, loaded = TrainStream(Shapes("train"), task, c, seed=5), []
+    for rank in range(world):
+        positions = data.Positions(start, steps, batch, parts, rank, world)
+        loaded.append(list(data.make_loader(stream, positions, data.collate(task, c), workers)))
+    return loaded
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -290,13 +417,14 @@ def test_any_number_of_workers_gives_the_same_stream(task):
     alone = batches(0, task=task)[0]
     for workers in (1, 3):
         for a, b in zip(alone, batches(workers, task=task)[0], strict=True):
-            assert all(torch.equal(a[k], b[k]) for k in ("image", "inputs", "targets", "weights"))
-    assert all(b["image"].dtype == torch.uint8 for b in alone)
+            for field in ("images", "inputs", "targets", "weights"):
+                assert torch.equal(getattr(a, field), getattr(b, field)), field
+    assert all(b.images.dtype == torch.uint8 for b in alone)
 
 
 def test_a_stream_that_starts_later_goes_on_where_it_would_have_been():
     for a, b in zip(batches(0)[0][2:], batches(0, start=2)[0], strict=True):
-        assert torch.equal(a["image"], b["image"]) and torch.equal(a["inputs"], b["inputs"])
+        assert torch.equal(a.images, b.images) and torch.equal(a.inputs, b.inputs)
 
 
 @pytest.mark.parametrize("world, parts", [(2, 1), (1, 4), (2, 2)])
@@ -304,14 +432,19 @@ def test_processes_and_parts_share_each_batch_out(world, parts):
     whole = batches(0)[0]
     shares = batches(0, world, parts)
     for step, batch in enumerate(whole):
-        rows = {tuple(row.tolist()) for row in batch["inputs"]}
-        shared = [tuple(row.tolist()) for share in shares for part in share[step * parts:(step + 1) * parts] for row in part["inputs"]]
+        rows = {tuple(row.tolist()) for row in batch.inputs}
+        shared = [
+            tuple(row.tolist())
+            for share in shares
+            for part in share[step * parts : (step + 1) * parts]
+            for row in part.inputs
+        ]
         assert len(shared) == 8 and set(shared) == rows
 
 
 def test_an_epoch_shows_every_image_once_in_a_new_order(tmp_path):
     source = Coco(*write_coco(tmp_path, sizes=((20, 20),) * 9, edit=lambda t: None))
-    stream = TrainStream(source, "det", options(32))
+    stream = TrainStream(source, "det", options(32), seed=0)
     epochs = [[stream.index(p) for p in range(e * 9, e * 9 + 9)] for e in range(3)]
     assert all(sorted(e) == list(range(9)) for e in epochs) and epochs[0] != epochs[1] != epochs[2]
 
@@ -323,10 +456,27 @@ def test_making_a_loader_draws_nothing_from_the_global_generator():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_a_sentence_names_the_directions_in_which_two_things_are_apart():
-    thing = lambda kind, y, x: data.Thing(kind, "red", y, x, 0.1, np.zeros((4, 2)))
-    a, right, corner = thing("circle", 0.2, 0.2), thing("square", 0.3, 0.8), thing("square", 0.7, 0.8)
+def test_a_batch_becomes_floats_with_grey_padding_on_the_device():
+    batch = batches(0, steps=1)[0][0]
+    moved = batch.to(torch.device("cpu"))
+    assert torch.equal(moved.images, data.to_images(batch.images, batch.sizes))
+    assert torch.equal(moved.targets, batch.targets) and moved.images.dtype == torch.float32
+
+
+def test_a_sentence_names_the_directions_in_which_two_shapes_are_apart():
+    def shape(kind, y, x):
+        return data.Shape(kind, "red", y, x, 0.1, np.zeros((4, 2)))
+
+    a, right = shape("circle", 0.2, 0.2), shape("square", 0.3, 0.8)
+    corner = shape("square", 0.7, 0.8)
     assert data.describe([a]) == ["a red circle"]
-    assert data.describe([a, right]) == ["a red circle left of a red square", "a red square right of a red circle"]
-    assert data.describe([a, corner]) == ["a red circle above a red square", "a red circle left of a red square",
-                                          "a red square below a red circle", "a red square right of a red circle"]
+    assert data.describe([a, right]) == [
+        "a red circle left of a red square",
+        "a red square right of a red circle",
+    ]
+    assert data.describe([a, corner]) == [
+        "a red circle above a red square",
+        "a red circle left of a red square",
+        "a red square below a red circle",
+        "a red square right of a red circle",
+    ]

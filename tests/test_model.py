@@ -1,10 +1,28 @@
+"""Pix2Seq: decoding, sampling, sizes; checkpoints of ours; the device."""
+import os
+import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn as nn
+from test_parity import FOLDER, Golden, pix2seq_config
 
 import model as m
-from model import SIZES, Pix2Seq, count_parameters, filter_logits, load_reference_weights, sample_token
+from model import (
+    SIZES,
+    Device,
+    Pix2Seq,
+    count_parameters,
+    filter_logits,
+    load_reference_weights,
+    sample_token,
+)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("size, parameters", [("vit_b", 115_169_976), ("vit_l", 341_161_912)])
@@ -13,30 +31,45 @@ def test_named_sizes_have_the_published_number_of_parameters(size, parameters):
         assert count_parameters(Pix2Seq(SIZES[size])) == parameters
 
 
-@pytest.mark.parametrize("options", [dict(temperature=0), dict(top_p=0.4), dict(top_k=5, temperature=1.3), dict(samples=3), dict(forbid=3)])
+# --------------------------------------------------------------------------------------------------
+# decoding
+
+@pytest.mark.parametrize("options", [
+    dict(temperature=0),
+    dict(top_p=0.4),
+    dict(top_k=5, temperature=1.3),
+    dict(samples=3),
+    dict(suppress=3),
+])
 def test_cached_decoding_equals_uncached_token_for_token(tiny_model, options):
-    context = tiny_model.encode(torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
-    prompts = torch.randint(0, 210, (2, 3, 4), generator=torch.Generator().manual_seed(1))
-    runs = [tiny_model.generate(context, prompts, 30, cache=cache, keep=slice(100, 110), generator=torch.Generator().manual_seed(2), **options)
-            for cache in (True, False)]
-    assert (runs[0].tokens == runs[1].tokens).all()
-    assert torch.allclose(runs[0].logprobs, runs[1].logprobs, atol=1e-5) and torch.allclose(runs[0].probs, runs[1].probs, atol=1e-5)
+    context = tiny_model.encode(torch.rand(2, 3, 32, 32, generator=seeded(0)))
+    prompts = torch.randint(0, 210, (2, 3, 4), generator=seeded(1))
+    cached, uncached = (
+        tiny_model.generate(
+            context, prompts, 30, cache=cache, return_logprobs=slice(100, 110),
+            generator=seeded(2), **options)
+        for cache in (True, False))
+    assert (cached.tokens == uncached.tokens).all()
+    assert torch.allclose(cached.logprobs, uncached.logprobs, atol=1e-5)
+    assert torch.allclose(cached.probs, uncached.probs, atol=1e-5)
 
 
-def test_many_prompts_an_image_equal_one_at_a_time(tiny_model):
+def test_many_prompts_per_image_equal_one_at_a_time(tiny_model):
     context = tiny_model.encode(torch.rand(2, 3, 32, 32))
     prompts = torch.randint(0, 210, (2, 3, 4))
     together = tiny_model.generate(context, prompts, 10, temperature=0).tokens
     for b in range(2):
         for g in range(3):
-            alone = tiny_model.generate(context[b:b + 1], prompts[b:b + 1, g], 10, temperature=0).tokens
+            image, prompt = context[b:b + 1], prompts[b:b + 1, g]
+            alone = tiny_model.generate(image, prompt, 10, temperature=0).tokens
             assert (alone[0, 0] == together[b, g]).all()
 
 
 def test_an_image_is_seen_the_same_in_any_batch(tiny_model):
     images, tokens = torch.rand(4, 3, 32, 32), torch.randint(0, 210, (4, 9))
     with torch.no_grad():
-        assert torch.allclose(tiny_model(images, tokens)[2], tiny_model(images[2:3], tokens[2:3])[0], atol=1e-5)
+        together, alone = tiny_model(images, tokens), tiny_model(images[2:3], tokens[2:3])
+    assert torch.allclose(together[2], alone[0], atol=1e-5)
 
 
 def test_a_token_does_not_see_the_ones_after_it(tiny_model):
@@ -50,91 +83,110 @@ def test_a_token_does_not_see_the_ones_after_it(tiny_model):
 
 def test_writing_stops_when_every_sequence_has_ended(tiny_model):
     context = tiny_model.encode(torch.rand(3, 3, 32, 32))
-    calls = []
+    prompts, calls = torch.full((3, 1), 10), []
     tiny_model.decoder.register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
         tiny_model.decoder.bias[0] = 100.0             # the end is certain from the first token on
-    out = tiny_model.generate(context, torch.full((3, 1), 10), 60, end=0)
+    out = tiny_model.generate(context, prompts, 60, end=0)
     assert len(calls) == 16 and (out.tokens == 0).all() and out.tokens.shape == (3, 1, 60)
     calls.clear()
-    tiny_model.generate(context, torch.full((3, 1), 10), 60)
+    tiny_model.generate(context, prompts, 60)
     assert len(calls) == 60
 
 
 def test_after_the_end_there_is_only_padding(tiny_model):
-    context = tiny_model.encode(torch.rand(8, 3, 32, 32))
-    out = tiny_model.generate(context, torch.full((8, 1), 10), 60, temperature=3.0, end=7, generator=torch.Generator().manual_seed(0))
-    ended = 0
-    for row in out.tokens[:, 0].tolist():
-        if 7 in row:
-            ended += 1
-            assert set(row[row.index(7) + 1:]) <= {0}
-    assert ended > 0, "no sequence ended, the test saw nothing"
+    context, prompts = tiny_model.encode(torch.rand(8, 3, 32, 32)), torch.full((8, 1), 10)
+    out = tiny_model.generate(context, prompts, 60, temperature=3.0, end=7, generator=seeded(0))
+    ended = [row for row in out.tokens[:, 0].tolist() if 7 in row]
+    assert ended, "no sequence ended, the test saw nothing"
+    for row in ended:
+        assert set(row[row.index(7) + 1:]) <= {0}
 
 
-def test_a_forbidden_token_is_shown_as_another_but_read_as_written(tiny_model):
-    context = tiny_model.encode(torch.rand(1, 3, 32, 32))
-    plain = tiny_model.generate(context, torch.full((1, 1), 10), 20, temperature=0)
-    first = plain.tokens[0, 0, 0].item()
-    out = tiny_model.generate(context, torch.full((1, 1), 10), 20, temperature=0, forbid=first)
-    same = plain.tokens[0, 0] == out.tokens[0, 0]
-    assert (out.tokens != first).all() and (same == (plain.tokens[0, 0] != first)).all()
+def test_a_suppressed_token_is_shown_as_another_but_read_as_written(tiny_model):
+    context, prompt = tiny_model.encode(torch.rand(1, 3, 32, 32)), torch.full((1, 1), 10)
+    plain = tiny_model.generate(context, prompt, 20, temperature=0).tokens[0, 0]
+    first = plain[0].item()
+    out = tiny_model.generate(context, prompt, 20, temperature=0, suppress=first).tokens[0, 0]
+    assert (out != first).all() and ((plain == out) == (plain != first)).all()
 
 
 def test_same_generator_same_tokens(tiny_model):
+    context, prompt = tiny_model.encode(torch.rand(1, 3, 32, 32)), torch.full((1, 1), 10)
+    first, again, other = (
+        tiny_model.generate(context, prompt, 40, generator=seeded(seed)).tokens
+        for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_attention_maps_are_distributions_over_the_patches_and_leave_no_hook(tiny_model):
     context = tiny_model.encode(torch.rand(1, 3, 32, 32))
-    draw = lambda seed: tiny_model.generate(context, torch.full((1, 1), 10), 40, generator=torch.Generator().manual_seed(seed)).tokens
-    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+    maps = tiny_model.attention_maps(context, torch.randint(0, 210, (1, 5)))
+    assert maps.shape == (5, 16) and torch.allclose(maps.sum(1), torch.ones(5))
+    assert not any(layer.cross_att._forward_hooks for layer in tiny_model.decoder.layers)
 
 
 def test_sampling_follows_the_softmax():
-    logits = torch.log(torch.tensor([[0.5, 0.3, 0.2]])).expand(20_000, 3)
-    drawn = torch.bincount(sample_token(logits, generator=torch.Generator().manual_seed(0)), minlength=3) / 20_000
-    assert (drawn - torch.tensor([0.5, 0.3, 0.2])).abs().max() < 0.015
+    probs = torch.tensor([0.5, 0.3, 0.2])
+    tokens = sample_token(probs.log().expand(20_000, 3), generator=seeded(0))
+    drawn = torch.bincount(tokens, minlength=3) / 20_000
+    assert (drawn - probs).abs().max() < 0.015
 
 
-def test_nucleus_keeps_the_first_and_never_exceeds_p():
+def test_top_p_keeps_the_first_and_never_exceeds_p():
     probs = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.9, 0.05, 0.03, 0.02]])
     kept = (filter_logits(probs.log(), top_p=0.85) > -torch.inf).tolist()
     assert kept == [[True, True, False, False], [True, False, False, False]]
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(tiny_model):
+    context = tiny_model.encode(torch.rand(1, 3, 32, 32))
     with pytest.raises(ValueError, match="max_seq_len 64"):
-        tiny_model.generate(tiny_model.encode(torch.rand(1, 3, 32, 32)), torch.full((1, 6), 10), 60)
+        tiny_model.generate(context, torch.full((1, 6), 10), 60)
 
+
+# --------------------------------------------------------------------------------------------------
+# configurations, training
 
 @pytest.mark.parametrize("change, words", [
-    (dict(image_size=(7, 32)), "smaller than patch_size 8"), (dict(encoder="vgg"), "expected one of vit"),
-    (dict(projection="mpl"), "'linear_p'"), (dict(pos_encoding="rope"), "sin_cos"), (dict(enc_heads=5), "5 heads")])
+    (dict(image_size=(7, 32)), "smaller than patch_size 8"),
+    (dict(encoder="vgg"), "unknown encoder 'vgg', expected one of vit, resnet"),
+    (dict(projection="mpl"), "linear, linear_p, mlp"),
+    (dict(pos_encoding="rope"), "learned, sin_cos"),
+    (dict(enc_heads=5), r"32 is not a multiple of 5 \(heads\)"),
+])
 def test_an_impossible_configuration_is_refused(tiny_config, change, words):
     with pytest.raises(ValueError, match=words):
         Pix2Seq(replace(tiny_config, **change))
 
 
 def test_reference_weights_that_do_not_fit_are_named_and_change_nothing():
-    from test_parity import Golden, pix2seq_config
-    g = Golden(__file__.replace("test_model.py", "golden/ar_vit.npz"))
+    g = Golden(os.path.join(FOLDER, "ar_vit.npz"))
     model = Pix2Seq(pix2seq_config(g.config))
-    before = {k: v.clone() for k, v in model.state_dict().items()}
+    before = {name: w.clone() for name, w in model.state_dict().items()}
     broken = dict(g.weights)
     del broken["model/proj/bias"]
     broken["model/extra/kernel"] = broken["model/proj/kernel"]
     broken["model/encoder/stem_ln/gamma"] = broken["model/encoder/stem_ln/gamma"][:5]
     with pytest.raises(ValueError) as e:
         load_reference_weights(model, broken)
-    for words in ("missing: proj.bias", "left over: model/extra/kernel", "wrong shape: model/encoder/stem_ln/gamma gives (5,)"):
+    for words in (
+            "missing: proj.bias",
+            "left over: model/extra/kernel",
+            "wrong shape: model/encoder/stem_ln/gamma gives (5,)"):
         assert words in str(e.value), str(e.value)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
 
 
 def test_checkpointing_changes_no_gradient(tiny_config):
     grads = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        model = Pix2Seq(replace(tiny_config, checkpointing=checkpointing, dropout=0.1, drop_path=0.1)).train()
+        model = Pix2Seq(replace(tiny_config, dropout=0.1, drop_path=0.1)).train()
+        m.set_checkpointing(model, checkpointing)
         torch.manual_seed(1)
-        model(torch.rand(2, 3, 32, 32), torch.randint(0, 210, (2, 9))).square().mean().backward()
+        logits = model(torch.rand(2, 3, 32, 32), torch.randint(0, 210, (2, 9)))
+        logits.square().mean().backward()
         grads.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))
 
@@ -144,3 +196,149 @@ def test_drop_path_leaves_out_whole_examples_and_keeps_the_mean():
     y = m.DropPath(0.25).train()(torch.ones(4000, 3, 2))
     assert y.unique().tolist() == pytest.approx([0, 4 / 3]) and abs(y.mean() - 1) < 0.03
     assert (y.flatten(1).std(1) == 0).all()
+
+
+def test_the_loss_is_the_weighted_sum_over_tokens(tiny_model):
+    c = SimpleNamespace(optim=SimpleNamespace(label_smoothing=0.1))
+    inputs, targets = torch.randint(0, 210, (2, 2, 3, 5))
+    batch = SimpleNamespace(
+        images=torch.rand(2, 3, 32, 32), inputs=inputs, targets=targets,
+        weights=torch.rand(2, 3, 5))
+    loss = m.token_loss(tiny_model, batch, c)
+    logits = tiny_model(batch.images, inputs).log_softmax(-1)
+    of_target = logits.gather(-1, targets[..., None])[..., 0]
+    expected = -(0.9 * of_target + 0.1 * logits.mean(-1))
+    assert loss.item() == pytest.approx((expected * batch.weights).sum().item(), rel=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------
+# checkpoints
+
+def content(model):
+    config = {"model": {"pair": (1, 2)}}
+    return {"network": "Pix2Seq", "config": config, "model": model.state_dict()}
+
+
+def test_a_checkpoint_comes_back_as_it_was_saved(tiny_model, tmp_path):
+    path = str(tmp_path / "a.pt")
+    m.save(path, content(tiny_model) | {"best": -torch.inf})
+    loaded = m.load(path)
+    assert os.listdir(tmp_path) == ["a.pt"]
+    assert loaded["best"] == -torch.inf and loaded["config"] == {"model": {"pair": (1, 2)}}
+    other = Pix2Seq(tiny_model.config)
+    m.load_weights(other, loaded["model"])
+    for name, w in other.state_dict().items():
+        assert torch.equal(w, tiny_model.state_dict()[name]), name
+
+
+def test_a_failed_save_leaves_the_earlier_checkpoint_and_nothing_else(tiny_model, tmp_path):
+    path = str(tmp_path / "a.pt")
+    m.save(path, content(tiny_model))
+    with pytest.raises(Exception, match="pickle"):
+        m.save(path, content(tiny_model) | {"step": lambda: 0})
+    assert os.listdir(tmp_path) == ["a.pt"] and m.load(path)["network"] == "Pix2Seq"
+
+
+def test_a_file_that_is_not_a_whole_checkpoint_is_named(tiny_model, tmp_path):
+    path = str(tmp_path / "a.pt")
+    m.save(path, content(tiny_model))
+    os.truncate(path, os.path.getsize(path) // 2)
+    with pytest.raises(ValueError, match="a.pt: damaged, truncated"):
+        m.load(path)
+    with open(path, "wb"):
+        pass
+    with pytest.raises(ValueError, match="a.pt: damaged, truncated"):
+        m.load(path)
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match="a.pt: not a checkpoint of this code"):
+        m.load(path)
+    torch.save(content(tiny_model), path)
+    with pytest.raises(ValueError, match="a.pt: .*format 1, expected 2.*trained again"):
+        m.load(path)
+    with pytest.raises(FileNotFoundError, match="none.pt"):
+        m.load(str(tmp_path / "none.pt"))
+
+
+def test_a_file_from_a_stranger_runs_no_code(tmp_path):
+    path, mark = str(tmp_path / "a.pt"), str(tmp_path / "mark")
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (mark,)
+
+    torch.save({"network": "Pix2Seq", "config": Evil(), "model": {}}, path)
+    with pytest.raises(ValueError, match="a.pt"):
+        m.load(path)
+    assert not os.path.exists(mark)
+
+
+# --------------------------------------------------------------------------------------------------
+# device
+
+@pytest.mark.parametrize("wrong, words", [
+    (dict(name="gpu"), "unknown device 'gpu', expected one of auto, cuda, mps, cpu"),
+    (dict(dtype="float16"), "unknown dtype 'float16', expected one of auto, float32, bfloat16"),
+    (dict(compile="yes"), "unknown compile 'yes', expected one of auto, on, off"),
+])
+def test_an_unknown_device_dtype_or_compile_lists_the_choices(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        Device(**wrong)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_this_machine_lacks_is_refused():
+    with pytest.raises(ValueError, match="device cuda:1 is not available"):
+        Device("cuda:1")
+
+
+def test_one_process_on_a_cpu_passes_everything_on():
+    device, model = Device("cpu"), nn.Linear(3, 2)
+    assert (device.rank, device.world, device.first, device.fused) == (0, 1, True, True)
+    assert (device.type, device.name, device.dtype) == ("cpu", "cpu", torch.float32)
+    assert device.place(model) is model and device.wrap(model) is model and not device.compiled
+    assert device.gather([1, 2]) == [[1, 2]]
+    sums = device.sum({"a": torch.tensor(1.5), "b": torch.tensor(2.0)})
+    assert {key: value.item() for key, value in sums.items()} == {"a": 1.5, "b": 2.0}
+    with device.sync_only(model, last=False), device.autocast():
+        assert model(torch.rand(1, 3)).dtype == torch.float32
+    assert device.memory_gb() > 0.01
+    device.wait()
+    device.close()
+
+
+def test_bfloat16_is_that_of_matrix_products():
+    device, model = Device("cpu", dtype="bfloat16"), nn.Linear(3, 2)
+    with device.autocast():
+        assert model(torch.rand(1, 3)).dtype == torch.bfloat16
+
+
+def test_a_step_moves_the_weights_and_forgets_the_gradients():
+    device, model = Device("cpu"), nn.Linear(3, 2)
+    before = model.weight.detach().clone()
+    model(torch.rand(1, 3)).sum().backward()
+    device.step(torch.optim.SGD(model.parameters(), lr=0.1))
+    assert not torch.equal(model.weight, before) and model.weight.grad is None
+
+
+def test_random_numbers_of_a_device_are_its_own():
+    device = Device("cpu")
+    a, b = (torch.rand(3, generator=device.generator(4)) for _ in range(2))
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    with device.fork_rng(4):
+        c = torch.rand(3)
+    assert torch.equal(a, b) and torch.equal(a, c) and torch.equal(torch.rand(3), expected)
+
+
+def test_a_signal_asks_to_stop():
+    device = Device("cpu")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        device.catch_signals()
+        assert not device.stopping(3)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert device.stopping(3)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

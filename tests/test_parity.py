@@ -1,7 +1,8 @@
 """Agreement with the reference's TensorFlow implementation, on numbers measured from it.
 
-Every .npz in the folder PARITY_DIR (default: tests/golden) is checked; a file that no check knows is a failure. Models are
-built from the file's own configuration and filled by `load_reference_weights`, as released checkpoints are.
+Every .npz in the folder PARITY_DIR (default: tests/golden) is checked; a file that no check knows
+is a failure. Models are built from the file's own configuration and filled by
+`load_reference_weights`, as released checkpoints are.
 """
 import glob
 import json
@@ -13,11 +14,22 @@ import torch
 
 import diffusion
 import tokenizer
-import train
-from model import RIN, Pix2Seq, Pix2SeqConfig, RINConfig, UNet, UNetConfig, filter_logits, load_reference_weights, token_loss
+from model import (
+    RIN,
+    Pix2Seq,
+    Pix2SeqConfig,
+    RINConfig,
+    UNet,
+    UNetConfig,
+    filter_logits,
+    focal_losses,
+    load_reference_weights,
+    token_losses,
+)
 from tokenizer import Vocab
 
-FOLDER = os.environ.get("PARITY_DIR") or os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden")
+HERE = os.path.dirname(os.path.abspath(__file__))
+FOLDER = os.environ.get("PARITY_DIR") or os.path.join(HERE, "golden")
 FILES = sorted(glob.glob(os.path.join(FOLDER, "*.npz")))
 
 
@@ -33,11 +45,15 @@ class Golden:
     def __getitem__(self, key):
         return torch.from_numpy(self.npz[key])
 
+    def keys(self, start):
+        return [key for key in self.npz if key.startswith(start)]
+
     def check(self, key, ours, tolerance=1e-4):
         """Integers agree exactly, floats within the tolerance."""
         self.unchecked.discard(key)
         expected = self[key]
-        assert tuple(ours.shape) == tuple(expected.shape), f"{key}: shape {tuple(ours.shape)}, expected {tuple(expected.shape)}"
+        shape = tuple(expected.shape)
+        assert tuple(ours.shape) == shape, f"{key}: shape {tuple(ours.shape)}, expected {shape}"
         if expected.is_floating_point():
             worst = (ours.double() - expected.double()).abs().max().item()
             assert worst <= tolerance, f"{key}: differs by {worst:.3g}"
@@ -46,149 +62,253 @@ class Golden:
             assert wrong == 0, f"{key}: {wrong} of {expected.numel()} integers differ"
 
 
+def channels_first(x):
+    return x.movedim(-1, 1)
+
+
+def channels_last(x):
+    return x.movedim(1, -1)
+
+
+# --------------------------------------------------------------------------------------------------
+# sequences
+
 def pix2seq_config(c):
     """The reference's option names -> ours."""
-    resnet = {} if c["resnet_variant"] == "c1" else dict(
-        encoder="resnet", resnet_variant=c["resnet_variant"], resnet_depth=c["resnet_depth"], resnet_width=c["resnet_width_multiplier"])
+    resnet = {}
+    if c["resnet_variant"] != "c1":
+        resnet = dict(
+            encoder="resnet",
+            resnet_variant=c["resnet_variant"],
+            resnet_depth=c["resnet_depth"],
+            resnet_width=c["resnet_width_multiplier"],
+        )
     return Pix2SeqConfig(
-        **resnet, image_size=tuple(c["image_size"]), patch_size=c["patch_size"], enc_layers=c["num_encoder_layers"], enc_dim=c["dim_att"],
-        enc_mlp=c["dim_mlp"], enc_heads=c["num_heads"], pos_encoding=c["pos_encoding"], cls_token=c["use_cls_token"],
-        projection=c["dec_proj_mode"], dec_layers=c["num_decoder_layers"], dec_dim=c["dim_att_dec"], dec_mlp=c["dim_mlp_dec"],
-        dec_heads=c["num_heads_dec"], pos_encoding_dec=c["pos_encoding_dec"], vocab_size=c["vocab_size"], max_seq_len=c["max_seq_len"],
-        shared_embedding=c["shared_decoder_embedding"], output_bias=c["decoder_output_bias"], drop_path=c["drop_path"],
-        dropout=c["drop_units"], att_dropout=c["drop_att"])
+        **resnet,
+        image_size=tuple(c["image_size"]),
+        patch_size=c["patch_size"],
+        enc_layers=c["num_encoder_layers"],
+        enc_dim=c["dim_att"],
+        enc_mlp=c["dim_mlp"],
+        enc_heads=c["num_heads"],
+        pos_encoding=c["pos_encoding"],
+        cls_token=c["use_cls_token"],
+        projection=c["dec_proj_mode"],
+        dec_layers=c["num_decoder_layers"],
+        dec_dim=c["dim_att_dec"],
+        dec_mlp=c["dim_mlp_dec"],
+        dec_heads=c["num_heads_dec"],
+        pos_encoding_dec=c["pos_encoding_dec"],
+        vocab_size=c["vocab_size"],
+        max_seq_len=c["max_seq_len"],
+        shared_embedding=c["shared_decoder_embedding"],
+        output_bias=c["decoder_output_bias"],
+        drop_path=c["drop_path"],
+        dropout=c["drop_units"],
+        att_dropout=c["drop_att"],
+    )
 
 
 def check_pix2seq(g):
     model = Pix2Seq(pix2seq_config(g.config)).eval()
     load_reference_weights(model, g.weights)
-    everything = slice(0, g.config["vocab_size"])
+    images = channels_first(g["in:image"])
     with torch.no_grad():
-        images = g["in:image"].permute(0, 3, 1, 2)
-        context = model.encode(images)
+        context, logits = model.encode(images), model(images, g["in:seq"])
         g.check("out:encoded", context)
-        logits = model(images, g["in:seq"])
         g.check("out:logits", logits)
         g.check("out:instance_logits", model(images, g["in:instance_seq"]).flatten(0, 1))
-        for cache in (True, False):
-            prompts, length = g["in:prompt"], g["out:greedy_tokens"].shape[1]
-            out = model.generate(context, prompts, length, temperature=0, keep=everything, cache=cache)
-            g.check("out:greedy_tokens", out.tokens[:, 0])
-            worst = (out.logprobs[:, 0] - g["out:greedy_logits"].log_softmax(-1)).abs().max().item()
-            assert worst < 1e-4, f"greedy logits differ by {worst:.3g}"
-            g.unchecked.discard("out:greedy_logits")
-            length = g["out:greedy_tokens_instances"].shape[1]
-            out = model.generate(context, g["in:prompt_instances"], length, top_k=1, cache=cache)
-            g.check("out:greedy_tokens_instances", out.tokens.flatten(0, 1))
+    for cache in (True, False):
+        check_decoding(g, model, context, cache)
     targets, weights = g["in:target"], g["in:token_weights"]
-    each = {"xent": {}, "xent_ls": {"smoothing": 0.1}, "focal": {"kind": "focal", "gamma": 2.0}}
-    for name, options in each.items():
-        g.check(f"out:loss_{name}", token_loss(g["out:logits"], targets, **options))
-    g.check("out:weighted_loss_xent", (token_loss(logits, targets) * weights).sum() / (weights.sum() + 1e-9))
+    g.check("out:loss_xent", token_losses(g["out:logits"], targets))
+    g.check("out:loss_xent_ls", token_losses(g["out:logits"], targets, smoothing=0.1))
+    g.check("out:loss_focal", focal_losses(g["out:logits"], targets, gamma=2.0))
+    weighted = (token_losses(logits, targets) * weights).sum() / (weights.sum() + 1e-9)
+    g.check("out:weighted_loss_xent", weighted)
+
+
+def check_decoding(g, model, context, cache):
+    everything, length = slice(0, g.config["vocab_size"]), g["out:greedy_tokens"].shape[1]
+    out = model.generate(
+        context, g["in:prompt"], length, temperature=0, return_logprobs=everything, cache=cache)
+    g.check("out:greedy_tokens", out.tokens[:, 0])
+    expected = g["out:greedy_logits"].log_softmax(-1)
+    worst = (out.logprobs[:, 0] - expected).abs().max().item()
+    assert worst < 1e-4, f"greedy logits differ by {worst:.3g}"
+    g.unchecked.discard("out:greedy_logits")
+    length = g["out:greedy_tokens_instances"].shape[1]
+    out = model.generate(context, g["in:prompt_instances"], length, top_k=1, cache=cache)
+    g.check("out:greedy_tokens_instances", out.tokens.flatten(0, 1))
 
 
 def check_tokens(g):
     c = g.config
-    shift, V = c["coord_vocab_shift"], g["in:logits"].shape[-1]
-    vocab = Vocab(c["quantization_bins"], shift, shift + c["quantization_bins"], max(V, shift + c["quantization_bins"]))
+    shift, bins = c["coord_vocab_shift"], c["quantization_bins"]
+    vocab = Vocab(bins, shift, shift + bins)
     boxes, labels = g["in:bbox"], g["in:label"]
-    tokens = tokenizer.encode_detection(boxes, labels, vocab, noise_weight=c["noise_bbox_weight"], pad_weight=1.0)
+    tokens = tokenizer.encode_detection(
+        boxes, labels, vocab, noise_weight=c["noise_bbox_weight"], pad_weight=1.0)
     g.check("out:response_seq", tokens.targets)
     g.check("out:token_weights", tokens.weights)
-    real = labels.clamp_min(0)                         # the reference marks no noise boxes in instance prompts
-    prompt = tokenizer.instance_prompt(c["task_vocab_id"], boxes, labels, vocab)
+    real = labels.clamp_min(0)         # the reference marks no noise boxes in instance prompts
+    task = c["task_vocab_id"]
+    prompt = tokenizer.instance_prompt(task, boxes, labels, vocab)
     empty_or_noise = (prompt == g["out:prompt_seq"]).all(-1) | (labels < 0)
     assert empty_or_noise.all()
-    g.check("out:prompt_seq", tokenizer.instance_prompt(c["task_vocab_id"], boxes, real, vocab))
+    g.check("out:prompt_seq", tokenizer.instance_prompt(task, boxes, real, vocab))
     points = tokenizer.encode_points(g["in:points"], real, vocab)
     g.check("out:point_seq", points)
     g.check("out:points_back", tokenizer.decode_points(points, vocab))
     logits, seq = g["in:logits"], g["in:seq"]
-    found_labels, found_boxes, scores = tokenizer.decode_detection(seq, logits.log_softmax(-1)[..., vocab.classes], vocab)
+    class_logprobs = logits.log_softmax(-1)[..., vocab.classes]
+    found_labels, found_boxes, scores = tokenizer.decode_detection(seq, class_logprobs, vocab)
     g.check("out:det_class", found_labels)
     g.check("out:det_box", found_boxes)
     g.check("out:det_score", scores)
     probs = logits.softmax(-1).gather(-1, seq[..., None])[..., 0]
-    g.check("out:weighted_score", tokenizer.point_score(g["in:box_score"], seq, probs, c["points_score_weight"]))
-    g.check("out:quantized", tokenizer.quantize(g["in:coords"], vocab.bins))
-    g.check("out:dequantized", tokenizer.dequantize(g["out:quantized"], vocab.bins))
-    for key in [k for k in g.npz if k.startswith("out:top_logits/")]:
+    score = tokenizer.point_score(g["in:box_score"], seq, probs, c["points_score_weight"])
+    g.check("out:weighted_score", score)
+    g.check("out:quantized", tokenizer.quantize(g["in:coords"], bins))
+    g.check("out:dequantized", tokenizer.dequantize(g["out:quantized"], bins))
+    for key in g.keys("out:top_logits/"):
         k, p = key.removeprefix("out:top_logits/k").split("_p")
         ours, expected = filter_logits(g["in:top_in"], int(k), float(p)), g[key]
         assert ((ours == -torch.inf) == (expected < -1e9)).all(), f"{key}: other tokens are kept"
         g.check(key, ours.where(ours > -torch.inf, expected))
 
 
+# --------------------------------------------------------------------------------------------------
+# optimisation
+
 def check_optim(g):
+    import train  # all else is checked without it
+
     for name, o in g.config["cases"].items():
         kernel, bias = (torch.nn.Parameter(g[f"in:{k}0"].clone()) for k in ("kernel", "bias"))
-        c = train.Config(optimizer=o["optimizer"], lr=g.config["lr"], weight_decay=o["weight_decay"], beta1=o["beta1"], beta2=o["beta2"], eps=o["eps"],
-                         no_decay=o.get("exclude_from_weight_decay", "").replace(",", "|"))
-        optimizer = train.make_optimizer([("kernel", kernel), ("bias", bias)], c, torch.device("cpu"))
-        history = {"kernel": [], "bias": []}
+        optim = train.OptimConfig(
+            optimizer=o["optimizer"],
+            lr=g.config["lr"],
+            weight_decay=o["weight_decay"],
+            beta1=o["beta1"],
+            beta2=o["beta2"],
+            adam_eps=o["eps"],
+            no_decay=o.get("exclude_from_weight_decay", "").replace(",", "|"),
+        )
+        optimizer = train.make_optimizer([("kernel", kernel), ("bias", bias)], optim)
+        kernels, biases = [], []
         for grads in zip(g["in:grad_kernel"], g["in:grad_bias"]):
             kernel.grad, bias.grad = (grad.clone() for grad in grads)
-            if o["global_clipnorm"] > 0 and o["optimizer"] != "lamb":          # the reference leaves LAMB's gradients as they are
+            # The reference leaves LAMB's gradients as they are.
+            if o["global_clipnorm"] > 0 and o["optimizer"] != "lamb":
                 torch.nn.utils.clip_grad_norm_([kernel, bias], o["global_clipnorm"])
             optimizer.step()
-            history["kernel"].append(kernel.detach().clone())
-            history["bias"].append(bias.detach().clone())
-        for key, values in history.items():
-            g.check(f"out:{name}/{key}", torch.stack(values))
+            kernels.append(kernel.detach().clone())
+            biases.append(bias.detach().clone())
+        g.check(f"out:{name}/kernel", torch.stack(kernels))
+        g.check(f"out:{name}/bias", torch.stack(biases))
     s = g.config["schedule"]
-    for key in [k for k in g.npz if k.startswith("out:lr/")]:
-        rates = [train.learning_rate(step, s["base_lr"], key.removeprefix("out:lr/"), s["warmup"], s["total"], s["end_lr_factor"])
-                 for step in g["in:steps"].tolist()]
+    for key in g.keys("out:lr/"):
+        optim = train.OptimConfig(
+            lr=s["base_lr"],
+            lr_schedule=key.removeprefix("out:lr/"),
+            warmup_steps=s["warmup"],
+            steps=s["total"],
+            end_lr_factor=s["end_lr_factor"],
+        )
+        rates = [train.learning_rate(step, optim) for step in g["in:steps"].tolist()]
         g.check(key, torch.tensor(rates), tolerance=1e-4 * s["base_lr"])
 
 
-def channels_first(x):
-    return x.movedim(-1, 1)
-
+# --------------------------------------------------------------------------------------------------
+# denoisers
 
 def rin_config(c, cond):
-    """The reference's option names -> ours. cond: the condition it is called with, whose width the configuration lacks."""
+    """The reference's option names -> ours. cond: the condition it is called with, whose width the
+    configuration lacks."""
+    is_label = cond is not None and cond.dim() < 4
     return RINConfig(
-        sample_size=(c["image_height"], c["image_width"]), channels=c["image_channels"],
-        frames=c.get("seq_len", 1) - c.get("seq_cond", 0), cond_frames=c.get("seq_cond", 0), frame_stride=c.get("seq_stride", 1),
-        num_classes=cond.shape[-1] if cond is not None and cond.dim() < 4 else 0, self_cond=c["self_cond"].replace("tape", "interface"),
-        interface_patch=c["patch_size"], interface_dim=c["tape_dim"], interface_mlp_ratio=c["tape_mlp_ratio"],
-        interface_position=c["tape_pos_encoding"], latents=c["latent_slots"], latent_dim=c["latent_dim"],
-        latent_mlp_ratio=c["latent_mlp_ratio"], latent_heads=c["latent_num_heads"], latent_position=c["latent_pos_encoding"],
-        latent_layers=tuple(int(n) for n in c["num_layers"].split(",")), rw_heads=c["rw_num_heads"],
-        rw_context_norm=c.get("xattn_enc_ln", False), conv_kernel=c.get("conv_kernel_size", 0),
-        conv_dropout=c.get("conv_drop_units", 0.0), time_scaling=c["time_scaling"], time_on_latents=c.get("time_on_latent", False),
-        cond_on_latents=c.get("cond_on_latent_n", 0), cond_dim=c.get("cond_dim", 0), cond_proj=c.get("cond_proj", True),
-        cond_writable=c.get("cond_tape_writable", False), cond_decoupled_read=c.get("cond_decoupled_read", False),
-        drop_path=c["drop_path"], dropout=c["drop_units"], att_dropout=c["drop_att"])
+        sample_size=(c["image_height"], c["image_width"]),
+        channels=c["image_channels"],
+        frames=c.get("seq_len", 1) - c.get("seq_cond", 0),
+        cond_frames=c.get("seq_cond", 0),
+        frame_stride=c.get("seq_stride", 1),
+        num_classes=cond.shape[-1] if is_label else 0,
+        self_cond=c["self_cond"].replace("tape", "interface"),
+        interface_patch=c["patch_size"],
+        interface_dim=c["tape_dim"],
+        interface_mlp_ratio=c["tape_mlp_ratio"],
+        interface_position=c["tape_pos_encoding"],
+        latents=c["latent_slots"],
+        latent_dim=c["latent_dim"],
+        latent_mlp_ratio=c["latent_mlp_ratio"],
+        latent_heads=c["latent_num_heads"],
+        latent_position=c["latent_pos_encoding"],
+        latent_layers=tuple(int(n) for n in c["num_layers"].split(",")),
+        rw_heads=c["rw_num_heads"],
+        rw_context_norm=c.get("xattn_enc_ln", False),
+        conv_kernel=c.get("conv_kernel_size", 0),
+        conv_dropout=c.get("conv_drop_units", 0.0),
+        time_scaling=c["time_scaling"],
+        time_on_latents=c.get("time_on_latent", False),
+        cond_on_latents=c.get("cond_on_latent_n", 0),
+        cond_dim=c.get("cond_dim", 0),
+        cond_proj=c.get("cond_proj", True),
+        cond_writable=c.get("cond_tape_writable", False),
+        cond_decoupled_read=c.get("cond_decoupled_read", False),
+        drop_path=c["drop_path"],
+        dropout=c["drop_units"],
+        att_dropout=c["drop_att"],
+    )
 
 
 def check_rin(g):
     cond = g["in:cond"] if "in:cond" in g.npz else None
     model = RIN(rin_config(g.config, cond)).eval()
     load_reference_weights(model, g.weights)
-    cond = channels_first(cond) if cond is not None and cond.dim() == 5 else cond      # the known frames of a video
-    hidden = (g["in:latent_prev"], g["in:tape_prev"]) if "in:latent_prev" in g.npz else None
+    conditions = {}
+    if model.config.num_classes:
+        conditions["labels"] = cond
+    elif cond is not None:
+        conditions["frames"] = channels_first(cond)
+    hidden = None
+    if "in:latent_prev" in g.npz:
+        hidden = (g["in:latent_prev"], g["in:tape_prev"])
     with torch.no_grad():
-        pred, (latents, interface) = model(channels_first(g["in:x"]), g["in:t"], cond, hidden)
-    g.check("out:x_out", pred.movedim(1, -1))
+        pred, (latents, interface) = model(
+            channels_first(g["in:x"]), g["in:t"], hidden, **conditions)
+    g.check("out:x_out", channels_last(pred))
     g.check("out:latent", latents)
     g.check("out:tape", interface)
 
 
 def unet_config(c, g):
-    """The reference's option names -> ours. g: the case, for the widths that the configuration lacks."""
+    """The reference's option names -> ours. g: the case, for the widths that the configuration
+    lacks."""
     kernels = c.get("kernel_sizes", 3)
     return UNetConfig(
-        sample_size=tuple(g["in:x"].shape[1:3]), channels=c["out_dim"], cond_channels=g["in:x"].shape[-1] - c["out_dim"],
+        sample_size=tuple(g["in:x"].shape[1:3]),
+        channels=c["out_dim"],
+        cond_channels=g["in:x"].shape[-1] - c["out_dim"],
         num_classes=g["in:gamma"].shape[1] - 1 if g["in:gamma"].dim() == 2 else 0,
-        context_dim=g["in:cond"].shape[-1] if c["conditioning"] else 0, softmax_groups=c.get("outp_softmax_groups", 0),
-        unet_dim=c["dim"], multipliers=tuple(c["ch_multipliers"]), res_blocks=tuple(c["n_res_blocks"]),
+        context_dim=g["in:cond"].shape[-1] if c["conditioning"] else 0,
+        softmax_groups=c.get("outp_softmax_groups", 0),
+        unet_dim=c["dim"],
+        multipliers=tuple(c["ch_multipliers"]),
+        res_blocks=tuple(c["n_res_blocks"]),
         kernel_sizes=(kernels,) if isinstance(kernels, int) else tuple(kernels),
-        attention_at=tuple(c["mhsa_resolutions"]), head_dim=c["per_head_dim"], transformer_layers=c["transformer_blocks"],
-        transformer_dim=c["transformer_dim"], transformer_stride=c["transformer_strides"],
-        transformer_position=c["pos_encoding"] or "none", in_stride=c["in_strides"], in_kernel=c.get("in_kernel_size", 3),
-        out_kernel=c.get("out_kernel_size", 3), time_scaling=c["time_scaling"], unet_dropout=c["dropout"])
+        attention_at=tuple(c["mhsa_resolutions"]),
+        head_dim=c["per_head_dim"],
+        transformer_layers=c["transformer_blocks"],
+        transformer_dim=c["transformer_dim"],
+        transformer_stride=c["transformer_strides"],
+        transformer_position=c["pos_encoding"] or "none",
+        in_stride=c["in_strides"],
+        in_kernel=c.get("in_kernel_size", 3),
+        out_kernel=c.get("out_kernel_size", 3),
+        time_scaling=c["time_scaling"],
+        unet_dropout=c["dropout"],
+    )
 
 
 def check_unet(g):
@@ -196,54 +316,82 @@ def check_unet(g):
     model = UNet(c).eval()
     load_reference_weights(model, g.weights)
     x, gamma = channels_first(g["in:x"]), g["in:gamma"].view(len(g["in:x"]), -1)
-    parts = [(c.num_classes, gamma[:, 1:]), (c.cond_channels, x[:, c.channels:]), (c.context_dim, g["in:cond"])]
     with torch.no_grad():
-        out = model(x[:, :c.channels], gamma[:, 0], tuple(part for taken, part in parts if taken))
+        out, _ = model(
+            x[:, :c.channels],
+            gamma[:, 0],
+            labels=gamma[:, 1:] if c.num_classes else None,
+            map=x[:, c.channels:] if c.cond_channels else None,
+            context=g["in:cond"] if c.context_dim else None,
+        )
     if c.softmax_groups:
-        g.check("out:logits", out.unflatten(1, (c.softmax_groups, -1)).permute(0, 3, 4, 1, 2))
+        logits = out.unflatten(1, (c.softmax_groups, -1))           # (B, groups, 2^k, H, W)
+        g.check("out:logits", logits.permute(0, 3, 4, 1, 2))
         out = diffusion.softmax_bits(out, c.softmax_groups, g.config["b_scale"])
-    g.check("out:x_out", out.movedim(1, -1))
+    g.check("out:x_out", channels_last(out))
 
+
+# --------------------------------------------------------------------------------------------------
+# diffusion
 
 def check_diffusion(g):
     for name in g.config["schedules"]:
         g.check(f"out:gamma/{name}", diffusion.gamma_schedule(name)(g["in:t"]))
-    for key in [k for k in g.npz if k.startswith("out:x0/")]:
+    for key in g.keys("out:x0/"):
         _, pred_type, rederive = key.split("/")
-        x0, eps = diffusion.predict_x0_eps(g["in:xt"], g["in:gamma"], g["in:denoise_out"], pred_type, rederive_eps=bool(int(rederive)))
+        x0, eps = diffusion.predict_x0_eps(
+            g["in:xt"], g["in:gamma"], g["in:denoise_out"], pred_type,
+            rederive_eps=bool(int(rederive)))
         g.check(key, x0)
         g.check(f"out:eps/{pred_type}/{rederive}", eps)
-    A = g["in:A"]
+    A = g["in:A"]                      # a linear denoiser, channels last
 
-    def denoise(x_t, gamma, label, self_cond):
+    def denoise(x_t, gamma, self_cond=None, label=False):
         x = x_t if self_cond is None else torch.cat([x_t, self_cond], -1)
         y = x @ A[:x.shape[-1]] + 0.1 * gamma.view(-1, 1, 1, 1)
-        return y if label == "label" else y * 0.5
+        return y if label else y * 0.5, None
 
     for name, case in g.config["cases"].items():
-        out = diffusion.sample(denoise, g["in:x_init"], g.config["steps"], schedule=g.config["schedule"], cond="label",
-                               sampler=case.pop("sampler_name"), step_noise=g["in:step_noise"], **case)
+        out = diffusion.sample(
+            denoise,
+            g["in:x_init"],
+            g.config["steps"],
+            schedule=g.config["schedule"],
+            sampler=case.pop("sampler_name"),
+            cond={"label": True},
+            null_cond={"label": False},
+            step_noise=g["in:step_noise"],
+            **case,
+        )
         g.check(f"out:sample/{name}", out)
 
 
 def check_bits(g):
-    """Channels are last there, so dim = -1."""
-    for key in [k for k in g.npz if k.startswith("out:bits/")]:
+    for key in g.keys("out:bits/"):
         code = key.removeprefix("out:bits/")
-        bits = diffusion.rgb_to_bits(g["in:image"], code, g.config["b_scale"], dim=-1)
-        g.check(key, bits, tolerance=0)
-        g.check(f"out:back/{code}", diffusion.bits_to_rgb(bits, code, dim=-1), tolerance=1e-6)
+        bits = diffusion.rgb_to_bits(channels_first(g["in:image"]), code, g.config["b_scale"])
+        g.check(key, channels_last(bits), tolerance=0)
+        image = diffusion.bits_to_rgb(bits, code)
+        g.check(f"out:back/{code}", channels_last(image), tolerance=1e-6)
     n_bits = g["out:int2bits"].shape[-1]
-    bits = diffusion.ints_to_bits(g["in:ints"][..., None], n_bits, dim=-1)     # ours are -1 and 1, there 0 and 1
-    g.check("out:int2bits", (bits + 1) / 2, tolerance=0)
-    g.check("out:bits2int", diffusion.bits_to_ints(bits, n_bits, dim=-1)[..., 0])
-    classes, ids = diffusion.majority_vote(g["in:semantic"], g["in:identity"], g.config["min_pixels"])
+    bits = diffusion.ints_to_bits(g["in:ints"].unsqueeze(1), n_bits)
+    g.check("out:int2bits", channels_last(bits + 1) / 2, tolerance=0)         # there 0 and 1
+    g.check("out:bits2int", diffusion.bits_to_ints(bits, n_bits)[:, 0])
+    classes, ids = diffusion.majority_vote(
+        g["in:semantic"], g["in:identity"], g.config["min_pixels"])
     g.check("out:vote_semantic", classes)
     g.check("out:vote_identity", ids)
 
 
-CHECKS = {"ar": check_pix2seq, "tokens": check_tokens, "optim": check_optim, "rin": check_rin, "unet": check_unet,
-          "diffusion": check_diffusion, "bits": check_bits}
+CHECKS = {
+    "ar": check_pix2seq,
+    "tokens": check_tokens,
+    "optim": check_optim,
+    "rin": check_rin,
+    "unet": check_unet,
+    "diffusion": check_diffusion,
+    "bits": check_bits,
+}
 
 
 def find_check(path):

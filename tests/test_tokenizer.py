@@ -11,7 +11,9 @@ VOCAB = Vocab()
 
 def one_hot_logprobs(tokens, vocab):
     """log-probabilities of the classes if each token of the sequence were certain."""
-    full = torch.full((*tokens.shape, vocab.size), -torch.inf).scatter(-1, tokens[..., None], 0.0)
+    full = torch.full((*tokens.shape, vocab.text_shift), -torch.inf).scatter(
+        -1, tokens[..., None], 0.0
+    )
     return full[..., vocab.classes]
 
 
@@ -25,9 +27,15 @@ def test_docstring_example_is_true():
     assert doctest.testmod(tokenizer).failed == 0 and doctest.testmod(tokenizer).attempted > 0
 
 
-@pytest.mark.parametrize("wrong, words", [
-    (dict(coord_shift=2500), "end_of_coordinates is 3500"), (dict(text_shift=1500), "text_shift, which is 1500"),
-    (dict(size=2000), "size, which is 2000"), (dict(coord_shift=101), "no class token"), (dict(bins=1), "bins is 1")])
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (dict(coord_shift=2500), "coordinates end at 3500"),
+        (dict(text_shift=1500), "text_shift, which is 1500"),
+        (dict(coord_shift=101), "no class token"),
+        (dict(bins=1), "bins is 1"),
+    ],
+)
 def test_ranges_that_overlap_or_overflow_are_refused(wrong, words):
     with pytest.raises(ValueError, match=words):
         Vocab(**wrong)
@@ -44,7 +52,9 @@ def test_dequantize_inverts_quantize_within_half_a_bin(bins):
 def test_decode_inverts_encode_for_boxes():
     boxes, labels = random_objects(3, 7)
     tokens = tokenizer.encode_detection(boxes, labels, VOCAB)
-    found_labels, found_boxes, scores = tokenizer.decode_detection(tokens.targets, one_hot_logprobs(tokens.targets, VOCAB), VOCAB)
+    found_labels, found_boxes, scores = tokenizer.decode_detection(
+        tokens.targets, one_hot_logprobs(tokens.targets, VOCAB), VOCAB
+    )
     assert (found_labels == labels).all() and (scores == 1).all()
     assert (found_boxes - boxes).abs().max() <= 0.5 / 999 + 1e-6
 
@@ -62,7 +72,9 @@ def test_corruption_hides_every_class_and_no_coordinate():
     plain = tokenizer.encode_detection(boxes, labels, VOCAB)
     tokens = tokenizer.encode_detection(boxes, labels, VOCAB, corrupt)
     assert (tokens.targets == plain.targets).all()
-    is_class = torch.arange(100) % 5 == 0              # of the input, where the class of object n stands at 5 n + 5
+    is_class = (
+        torch.arange(100) % 5 == 0
+    )  # of the input, where the class of object n stands at 5 n + 5
     changed = tokens.inputs != plain.inputs
     assert not changed[:, ~is_class].any() and not changed[:, 80:].any()
     classes = tokens.inputs[:, 5:80:5]
@@ -82,17 +94,23 @@ def test_noise_boxes_and_padding_get_their_own_weights():
 
 def test_fake_never_wins_but_lowers_the_score():
     tokens = tokenizer.encode_detection(*random_objects(1, 1), VOCAB).targets
-    logits = torch.zeros(1, 5, VOCAB.size)
+    logits = torch.zeros(1, 5, 3000)
     logits[0, 4, FAKE], logits[0, 4, 105] = 10.0, 9.0
-    labels, _, scores = tokenizer.decode_detection(tokens, logits.log_softmax(-1)[..., VOCAB.classes], VOCAB)
-    assert labels.item() == 5 and scores.item() == pytest.approx(logits[0, 4].softmax(-1)[105].item())
+    labels, _, scores = tokenizer.decode_detection(
+        tokens, logits.log_softmax(-1)[..., VOCAB.classes], VOCAB
+    )
+    assert labels.item() == 5 and scores.item() == pytest.approx(
+        logits[0, 4].softmax(-1)[105].item()
+    )
 
 
 def test_a_tail_is_dropped_and_nothing_after_the_end_scores():
     boxes, labels = random_objects(1, 4)
     labels[0, 2:] = PAD_LABEL
     tokens = tokenizer.encode_detection(boxes, labels, VOCAB).targets[:, :18]
-    found, _, scores = tokenizer.decode_detection(tokens, one_hot_logprobs(tokens, VOCAB).clamp_min(-1), VOCAB)
+    found, _, scores = tokenizer.decode_detection(
+        tokens, one_hot_logprobs(tokens, VOCAB).clamp_min(-1), VOCAB
+    )
     assert found.shape == (1, 3) and scores[0, :2].gt(0).all() and scores[0, 2] == 0
 
 
@@ -104,5 +122,7 @@ def test_a_label_without_a_token_is_refused_by_name():
 
 
 def test_no_objects_at_all_is_a_sequence_of_padding():
-    tokens = tokenizer.encode_detection(torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.long), VOCAB)
+    tokens = tokenizer.encode_detection(
+        torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.long), VOCAB
+    )
     assert (tokens.targets == PAD).all() and torch.allclose(tokens.weights, torch.tensor(0.1))
