@@ -1404,24 +1404,32 @@ class ClipFolder(ClassSource):
 # --------------------------------------------------------------------------------------------------
 # a look at the data
 
+def tile(pictures, columns=4, gap=4):
+    """PIL pictures -> one, in rows of `columns`, each cell as large as the largest."""
+    columns = min(columns, len(pictures))
+    w, h = (max(picture.size[i] for picture in pictures) + gap for i in (0, 1))
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new(pictures[0].mode, (columns * w - gap, rows * h - gap), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % columns * w, i // columns * h))
+    return sheet
+
+
 def save_grid(pixels, stem, columns=8, side=64, gap=2, ms=150):
     """Images (N, H, W, C) uint8 -> STEM.png, a grid with rows of `columns`, small images enlarged
     to some `side` pixels; clips (N, T, H, W, C) -> STEM.gif, a grid that moves, `ms` per frame.
     Returns the file's name."""
-    zoom, columns = max(1, round(side / pixels.shape[-2])), min(columns, len(pixels))
-    cells = pixels if pixels.ndim == 5 else pixels[:, None]
-    cells = cells.repeat(zoom, 2).repeat(zoom, 3)
-    missing = -len(cells) % columns
-    cells = np.pad(
-        cells, ((0, missing), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255)
-    _, T, H, W, C = cells.shape
-    rows = cells.reshape(-1, columns, T, H, W, C).transpose(2, 0, 3, 1, 4, 5)
-    frames = rows.reshape(T, -1, columns * W, C)[:, :-gap, :-gap]
-    first, *others = [Image.fromarray(frame[..., 0] if C == 1 else frame) for frame in frames]
+    zoom = max(1, round(side / pixels.shape[-2]))
+    large = pixels.repeat(zoom, -3).repeat(zoom, -2)
+    clips = large if pixels.ndim == 5 else large[:, None]                      # (N, T, H, W, C)
+    clips = clips[..., 0] if clips.shape[-1] == 1 else clips
+    frames = [tile(list(map(Image.fromarray, clips[:, t])), columns, gap)
+              for t in range(clips.shape[1])]
     if pixels.ndim == 4:
-        first.save(f"{stem}.png")
+        frames[0].save(f"{stem}.png")
         return f"{stem}.png"
-    first.save(f"{stem}.gif", save_all=True, append_images=others, duration=ms, loop=0)
+    film = dict(save_all=True, append_images=frames[1:], duration=ms, loop=0)
+    frames[0].save(f"{stem}.gif", **film)
     return f"{stem}.gif"
 
 

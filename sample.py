@@ -17,6 +17,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 import typing
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
@@ -514,17 +515,9 @@ def main():
         report = SHOW[tasks[0]](model, c, tasks, args, device.generator(options.seed))
     except (FileNotFoundError, ImportError, ValueError) as e:
         sys.exit(f"error: {e}")
-    print(json.dumps(rounded(report), indent=1))
+    report = json.loads(json.dumps(report), parse_float=lambda text: round(float(text), 4))
+    print(json.dumps(report, indent=1))
     print(f"{path}: pictures in {options.out}/", file=sys.stderr)
-
-
-def rounded(value):
-    """The same JSON value with its floats in four decimals."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [rounded(item) for item in value]
-    return round(value, 4) if isinstance(value, float) else value
 
 
 # --------------------------------------------------------------------------------------------------
@@ -540,7 +533,7 @@ def show_predictions(model, c, tasks, args, generator):
     if args.boxes:
         boxes = [read_box(text, c) for text in args.boxes]
         prompts = [[dict(box) for box in boxes] for _ in records]
-    if prompts[0] is None and "det" not in c.data.tasks and {"seg", "kpt"} & set(tasks):
+    if None in prompts and "det" not in c.data.tasks and {"seg", "kpt"} & set(tasks):
         raise ValueError("this model does not detect: name boxes with --boxes=X,Y,W,H,NAME")
     names = {category["id"]: category["name"] for category in c.categories}
     pictures, report = [], []
@@ -561,7 +554,7 @@ def show_predictions(model, c, tasks, args, generator):
         where = {"image": name, "picture": f"{stem}.png", "width": width, "height": height}
         report.append(where | prediction)
     if len(pictures) > 1:
-        tile(pictures).save(os.path.join(args.out, "all.png"))
+        data.tile(pictures).save(os.path.join(args.out, "all.png"))
     return report
 
 
@@ -650,7 +643,7 @@ def picture_predictions(model, c, count, generator, stem):
         prediction = predict(model, inputs, c, c.data.tasks)[0]
         pictures.append(draw(record["image"], prediction, c, side=256))
     if pictures:
-        tile(pictures).save(f"{stem}.png")
+        data.tile(pictures).save(f"{stem}.png")
 
 
 def picture_samples(model, c, count, generator, stem):
@@ -700,7 +693,8 @@ def draw(image, prediction, c, min_score=0.3, side=384):
         draw_object(pen, obj, categories[obj["category_id"]], color, zoom, font)
     if "caption" not in prediction:
         return picture
-    lines = wrap(prediction["caption"], pen, font, picture.width - 8)
+    letters = max(1, int(picture.width / pen.textlength("n", font=font)))
+    lines = textwrap.wrap(prediction["caption"], letters)
     height = picture.height + (len(lines) + 1) * (font.size + 4)
     framed = Image.new("RGB", (picture.width, height), "white")
     framed.paste(picture)
@@ -728,18 +722,6 @@ def draw_object(pen, obj, category, color, zoom, font):
     pen.text((x + 1, y - up), text, fill="black", font=font)
 
 
-def wrap(text, pen, font, width):
-    """str -> lines, each no wider than `width` pixels if its words allow."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if not lines[-1] or pen.textlength(longer, font=font) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines
-
-
 def draw_attention(model, inputs, c, most=4, side=192):
     """The cross-attention of the tokens of the likeliest objects of one image: a row per object, a
     picture per token y_min x_min y_max x_max class."""
@@ -763,18 +745,7 @@ def draw_attention(model, inputs, c, most=4, side=192):
             picture = Image.composite(canvas, dark, light.resize(size, Image.BILINEAR))
             ImageDraw.Draw(picture).rectangle((x0, y0, x1, y1), outline="white")
             pictures.append(picture)
-    return tile(pictures, columns=5)
-
-
-def tile(pictures, columns=4, gap=4):
-    """PIL pictures -> one, in rows of `columns`, each cell as large as the largest."""
-    columns = min(columns, len(pictures))
-    w, h = (max(picture.size[i] for picture in pictures) + gap for i in (0, 1))
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * w - gap, rows * h - gap), "white")
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i % columns * w, i // columns * h))
-    return sheet
+    return data.tile(pictures, columns=5)
 
 
 if __name__ == "__main__":

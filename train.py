@@ -245,11 +245,6 @@ def prepare(c, device):
     """The Config with steps and categories filled in, and the source of each task. Everything that
     can be known to be wrong is said here: ValueError, DataError or FileNotFoundError."""
     check_tasks(c, device)
-    if device.first and c.run.fresh and os.path.exists(c.run.out):
-        names = (f"{c.run.out}.{n}" for n in range(1, 10_000))
-        aside = next(name for name in names if not os.path.exists(name))
-        shutil.move(c.run.out, aside)
-        device.say(f"moved the earlier run to {aside}")
     sources = {task: data.make_source(c, "train", task) for task in c.data.tasks}
     categories = {}
     for source in sources.values():
@@ -272,6 +267,11 @@ def prepare(c, device):
     for task in c.data.tasks:                          # errors are plainer here than from a worker
         data.TrainStream(sources[task], task, c, c.optim.seed)[0]
         data.make_source(c, "val", task)
+    if device.first and c.run.fresh and os.path.exists(c.run.out):
+        names = (f"{c.run.out}.{n}" for n in range(1, 10_000))
+        aside = next(name for name in names if not os.path.exists(name))
+        shutil.move(c.run.out, aside)
+        device.say(f"moved the earlier run to {aside}")
     os.makedirs(c.run.out, exist_ok=True)
     device.wait()
     return c, sources
@@ -538,13 +538,13 @@ class Log:
         """Begins a span of steps to be timed."""
         self.began, self.since, self.images = time.time(), step, 0
 
-    def write(self, step, values):
+    def write(self, step, values, shown):
         if not self.device.first:
             return
         with open(self.path, "a") as f:
             f.write(json.dumps({"step": step, **values}) + "\n")
-        shown = [f"{key} {value:.4g}" for key, value in values.items() if isinstance(value, float)]
-        self.device.say(f"step {step:>7} " + " ".join(shown[:12]))
+        texts = [f"{key} {value:.4g}" for key, value in shown.items()]
+        self.device.say(f"step {step:>7} " + " ".join(texts))
         for key, value in values.items() if self.board else ():
             if isinstance(value, float):
                 self.board.add_scalar(key, value, step)
@@ -571,7 +571,7 @@ class Log:
             "img_per_s": self.images / seconds,
             "memory_gb": self.device.memory_gb(),
         }
-        self.write(step, values)
+        self.write(step, values, values)
         self.bar.set_postfix(loss=f"{values['loss']:.3f}")
         self.restart(step)
 
@@ -588,10 +588,12 @@ class Log:
         self.restart(step)                             # evaluation is not training time
         if not metrics:
             return -math.inf
-        values = {}
+        values, shown = {}, {}
         for task, numbers in metrics.items():
-            values |= {f"{task}_{name}": value for name, value in numbers.items()}
-        self.write(step, values)
+            named = {f"{task}_{name}": value for name, value in numbers.items()}
+            values |= named
+            shown |= dict([pair for pair in named.items() if isinstance(pair[1], float)][:3])
+        self.write(step, values, shown)
         firsts = [next(iter(numbers.values())) for numbers in metrics.values()]
         return sum(firsts) / len(firsts)
 

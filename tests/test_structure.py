@@ -26,9 +26,11 @@ def read(name):
 
 
 def core_lines(text):
-    """How many lines stand above the ruled line."""
-    return text.splitlines().index(next(
-        line for line in text.splitlines() if line.startswith("# ==== reference ====")))
+    """How many lines stand above the ruled line, of which there is one."""
+    lines = text.splitlines()
+    ruled = [n for n, line in enumerate(lines) if line.startswith("# ==== reference ====")]
+    assert len(ruled) == 1, f"ruled lines at {ruled}"
+    return ruled[0]
 
 
 def token_lines(text):
@@ -65,6 +67,11 @@ def test_the_cores_are_read_in_half_an_hour():
         lines += core
         tokens += sum(line <= core for line in token_lines(text))
     assert lines <= 2000 and tokens <= 16_000, (lines, tokens)
+
+
+@pytest.mark.xfail(strict=True, reason="51,562 tokens when this was written, see issue 10")
+def test_the_whole_house_has_at_most_50_000_tokens():
+    assert sum(len(token_lines(read(name))) for name in FILES) <= 50_000
 
 
 def test_train_opens_with_its_configuration_and_the_loop():

@@ -165,6 +165,7 @@ def test_learning_rate_rises_and_falls_to_its_end():
     assert rates == pytest.approx([0, 1, 2, 1.1, 0.2, 0.2])
     assert rate(60, "cosine") == pytest.approx(1.1) and rate(60, "none") == 2
     assert rate(110, "cosine@0.5") == pytest.approx(1.1)
+    assert rate(60, "exp@0.25") == pytest.approx(1.0)
 
 
 def two_parameters():
@@ -272,13 +273,12 @@ def test_an_interrupted_run_ends_bit_identical_to_an_uninterrupted_one(how, fini
 
 
 def test_an_evaluation_that_fails_loses_nothing_and_is_made_up_for(tmp_path, monkeypatch):
-    c = small_config(tmp_path / "run", eval_every=3)
+    c = small_config(tmp_path / "run", eval_every=3, save_every=3)
 
     def fail(*args, **options):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(train, "evaluate", fail)
-    c = configured(c, SimpleNamespace(save_every=3))
     with pytest.raises(RuntimeError, match="out of memory"):
         train.train(c)
     assert load(f"{c.run.out}/last.pt")["step"] == 3
@@ -286,6 +286,7 @@ def test_an_evaluation_that_fails_loses_nothing_and_is_made_up_for(tmp_path, mon
     train.train(c)
     assert [entry["step"] for entry in logged(c.run.out) if "det_AP" in entry] == [3, 6]
     assert load(f"{c.run.out}/last.pt")["step"] == 6
+    assert sorted(losses(c.run.out)) == [1, 2, 3, 4, 5, 6]
 
 
 def test_killed_while_saving_the_last_checkpoint_stands(tmp_path, monkeypatch):
@@ -303,25 +304,26 @@ def test_killed_while_saving_the_last_checkpoint_stands(tmp_path, monkeypatch):
 
 
 def test_another_configuration_does_not_go_on_from_a_run(finished):
-    done = run(*SMALL, f"--out={finished[0]}", "--lr=0.5", check=False)
-    assert done.returncode == 1 and re.search("lr: [0-9.]+ there, 0.5 here", done.stderr)
+    with pytest.raises(ValueError, match="last.pt is of another run .lr: [0-9.]+ there, 0.5 here"):
+        train.train(small_config(finished[0], lr=0.5))
 
 
 def test_sampling_and_the_run_may_change_when_it_goes_on(finished):
-    run(*SMALL, f"--out={finished[0]}", "--top_p=0.5", "--log_every=2", "--checkpointing")
+    c = small_config(finished[0], top_p=0.5, log_every=2, checkpointing=True)
+    assert "AP" in train.train(c)["det"]
 
 
 def test_two_swapped_class_names_are_not_the_same_run(tmp_path):
     data.export_shapes(str(tmp_path), 6, 64, 0, "jpg")
-    command = [*SMALL, "--data=coco", f"--data_dir={tmp_path}", f"--out={tmp_path}/run"]
-    run(*command, "--steps=2")
+    c = small_config(tmp_path / "run", data="coco", data_dir=str(tmp_path), steps=1)
+    train.train(c)
     for split in ("train", "val"):
         path = tmp_path / f"annotations/instances_{split}2017.json"
         text = path.read_text().replace("circle", "?").replace("square", "circle")
         path.write_text(text.replace("?", "square"))
-    done = run(*command, "--steps=2", check=False)
-    assert done.returncode == 1
-    assert "classes: circle, square, triangle, figure there, square, circle" in done.stderr
+    words = "classes: circle, square, triangle, figure there, square, circle"
+    with pytest.raises(ValueError, match=words):
+        train.train(c)
 
 
 def test_fresh_moves_the_earlier_run_aside(finished, tmp_path):
@@ -329,6 +331,14 @@ def test_fresh_moves_the_earlier_run_aside(finished, tmp_path):
     shutil.copytree(finished[0], folder)
     run(*SMALL, f"--out={folder}", "--fresh")
     assert same_weights(folder, folder + ".1") and losses(folder) == losses(finished[0])
+
+
+def test_fresh_with_a_wrong_configuration_leaves_the_earlier_run_in_place(finished, tmp_path):
+    folder = str(tmp_path / "run")
+    shutil.copytree(finished[0], folder)
+    with pytest.raises(ValueError, match="unknown lr_schedule"):
+        train.train(small_config(folder, fresh=True, lr_schedule="linaer"))
+    assert os.listdir(tmp_path) == ["run"] and same_weights(folder, finished[0])
 
 
 def test_a_task_joins_at_its_step(tmp_path):
@@ -382,12 +392,12 @@ def test_a_finetune_to_other_classes_is_refused_until_adapt_says_it_is_meant(fin
 
 
 def test_another_vocabulary_or_network_is_not_started_from(finished, tmp_path):
-    options = [*SMALL, f"--init_from={finished[0]}", f"--out={tmp_path}/run", "--adapt"]
-    done = run(*options, "--coord_shift=109", check=False)
-    assert done.returncode == 1 and "has coord_shift 110, not 109" in done.stderr
-    gen = ["gen_shapes", "--steps=1", f"--init_from={finished[0]}", f"--out={tmp_path}/gen"]
-    done = run(*gen, "--device=cpu", check=False)
-    assert done.returncode == 1 and "holds a Pix2Seq, not a UNet" in done.stderr
+    start = dict(init_from=finished[0], out=str(tmp_path / "run"), adapt=True)
+    with pytest.raises(ValueError, match="has coord_shift 110, not 109"):
+        train.train(small_config(tmp_path / "run", coord_shift=109, **start))
+    c = configured(PRESETS["gen_shapes"].config, SimpleNamespace(device="cpu", **start))
+    with pytest.raises(ValueError, match="holds a Pix2Seq, not a UNet"):
+        train.train(c)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
@@ -396,6 +406,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     assert done.returncode != 0, done.stdout
     assert re.search(r"the loss is {'det': (nan|inf)}", done.stderr), done.stderr
     assert load(str(tmp_path / "run/last.pt"))["step"] == 2
+
+
+def test_the_speed_of_training_and_of_prediction_is_measured(tmp_path, monkeypatch, capsys):
+    class ShortTimer(train.Timer):
+        def blocked_autorange(self, min_run_time):
+            return super().blocked_autorange(min_run_time=0.01)
+
+    monkeypatch.setattr(train, "Timer", ShortTimer)
+    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, "--bench", f"--out={tmp_path}"])
+    train.main()
+    output = capsys.readouterr().out
+    for part in ("data", "forward", "step", "encode", "decode", "  no cache"):
+        unit = "tokens" if part in ("decode", "  no cache") else "images"
+        assert re.search(rf"^{part} +\d+\.\d ms +\d+\.\d {unit} per second", output, re.M), output
 
 
 # --------------------------------------------------------------------------------------------------
@@ -432,6 +456,20 @@ def test_a_checkpoint_of_another_format_says_so(tmp_path, monkeypatch):
         load(str(tmp_path / "new.pt"))
 
 
+@pytest.mark.parametrize("changes, words", [
+    (dict(accumulate=3), "a batch of 4 is not a multiple of 1 processes x accumulate 3"),
+    (dict(max_objects=100), "det sequences have 500 tokens, max_seq_len is 64"),
+    (dict(vocab_size=150), "vocab_size is 150, the tokens need 174"),
+    (dict(tasks=("gen",)), "'gen' is not for Pix2SeqConfig's network"),
+    (dict(task_weights=(1.0, 2.0)), "--task_weights=1.0,2.0: expected 1 numbers, for det"),
+    (dict(steps=0), "expected --steps"),
+])
+def test_what_does_not_fit_is_said_before_training(changes, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        train.train(small_config(tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
 def test_data_that_is_not_there_is_an_error_without_a_traceback(tmp_path):
     for options, words in (
             ([f"--data_dir={tmp_path}"], "instances_train2017.json: no such file"),
@@ -448,7 +486,6 @@ def test_wrong_validation_files_are_an_error_before_the_first_step(text, words, 
     os.remove(path)
     if text:
         path.write_text(text)
-    options = "--data=coco", f"--data_dir={tmp_path}", f"--out={tmp_path / 'run'}"
-    done = run(*SMALL, *options, check=False)
-    assert done.returncode == 1 and f"instances_val2017.json: {words}" in done.stderr, done.stderr
-    assert not os.path.exists(tmp_path / "run/last.pt")
+    with pytest.raises(data.DataError, match=f"instances_val2017.json: {words}"):
+        train.train(small_config(tmp_path / "run", data="coco", data_dir=str(tmp_path)))
+    assert not (tmp_path / "run").exists()
