@@ -13,7 +13,7 @@ random crops in generation.
     python data.py --export DIR --count 1000            # write them as a COCO dataset
 """
 import argparse
-import functools
+import glob
 import gzip
 import itertools
 import json
@@ -23,16 +23,15 @@ import signal
 import warnings
 import zlib
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageEnhance, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
 import tokenizer
-from tokenizer import FAKE_LABEL, INVISIBLE_POINT, PAD_LABEL, PAD_POINT, SEPARATOR_POINT
 
 PAD_VALUE = 0.3                                        # grey of the padding, as in the reference
 
@@ -93,12 +92,12 @@ class Batch(NamedTuple):
 
     def to(self, device):
         """The same on the device, images as float (B, 3, H, W) in [0, 1]."""
-        def put(x):
-            if isinstance(x, dict):
-                return {key: put(value) for key, value in x.items()}
-            return x.to(device, non_blocking=True) if torch.is_tensor(x) else x
+        def put(fields):
+            return {
+                name: x.to(device, non_blocking=True)
+                for name, x in fields.items() if torch.is_tensor(x)}
 
-        batch = Batch(*map(put, self))
+        batch = self._replace(**put(self._asdict()), cond=put(self.cond))
         if self.images is None:
             return batch
         return batch._replace(images=to_images(batch.images, batch.sizes))
@@ -108,10 +107,10 @@ def to_images(pixels, sizes):
     """uint8 (B, H, W, 3) and sizes (B, 2) of the unpadded parts -> float (B, 3, H, W) in [0, 1],
     with PAD_VALUE below and to the right."""
     images = pixels.permute(0, 3, 1, 2).float() / 255
-    y = torch.arange(images.shape[2], device=pixels.device)[:, None]
-    x = torch.arange(images.shape[3], device=pixels.device)
-    inside = (y < sizes[:, 0, None, None]) & (x < sizes[:, 1, None, None])     # (B, H, W)
-    return torch.where(inside[:, None], images, PAD_VALUE)
+    y, x = (torch.arange(side, device=pixels.device) for side in images.shape[2:])
+    height, width = sizes.T[..., None, None, None]     # (B, 1, 1, 1)
+    padding = (y[:, None] >= height) | (x >= width)    # (B, 1, H, W)
+    return images.masked_fill(padding, PAD_VALUE)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -127,21 +126,27 @@ class View:
     right: float
     height: int                                        # resized, in pixels of the canvas
     width: int
-    canvas: tuple[int, int]
+    canvas: tuple                                      # height, width
     flip: bool = False
 
     def image(self, image):
         """PIL RGB -> uint8 (canvas height, canvas width, 3), zero outside of (height, width)."""
         box = self.left, self.top, self.right, self.bottom
-        part = np.asarray(image.resize((self.width, self.height), Image.BILINEAR, box=box))
+        part = image.resize((self.width, self.height), Image.BILINEAR, box=box)
+        part = np.asarray(part)
+        if self.flip:
+            part = part[:, ::-1]
         pixels = np.zeros((*self.canvas, 3), np.uint8)
-        pixels[:self.height, :self.width] = part[:, ::-1] if self.flip else part
+        pixels[:self.height, :self.width] = part
         return pixels
 
     def to_view(self, yx):
         """(..., 2) pixels of the image -> fractions of the rectangle, mirrored with it."""
-        yx = (yx - (self.top, self.left)) / (self.bottom - self.top, self.right - self.left)
-        return np.stack([yx[..., 0], 1 - yx[..., 1]], -1) if self.flip else yx
+        size = self.bottom - self.top, self.right - self.left
+        yx = (yx - (self.top, self.left)) / size
+        if self.flip:
+            return np.stack([yx[..., 0], 1 - yx[..., 1]], -1)
+        return yx
 
     def to_canvas(self, yx):
         """(..., 2) fractions of the rectangle -> fractions of the padded canvas."""
@@ -150,8 +155,9 @@ class View:
     def to_image(self, yx):
         """(..., 2) fractions of the padded canvas -> pixels of the image, for views that predict,
         which are never mirrored."""
+        size = self.bottom - self.top, self.right - self.left
         yx = yx * (self.canvas[0] / self.height, self.canvas[1] / self.width)
-        return yx * (self.bottom - self.top, self.right - self.left) + (self.top, self.left)
+        return yx * size + (self.top, self.left)
 
 
 def whole(image):
@@ -159,41 +165,37 @@ def whole(image):
     return 0, 0, image.height, image.width
 
 
-def eval_view(region, canvas):
-    """All of a region, as large as the canvas allows."""
-    h, w = region[2] - region[0], region[3] - region[1]
-    scale = min(canvas[0] / h, canvas[1] / w)
-    return View(*region, max(round(h * scale), 1), max(round(w * scale), 1), canvas)
-
-
-def train_view(region, canvas, rng, scale_range, flip):
+def train_view(region, canvas, rng, scale_min, scale_max, flip):
     """Scale jitter, then a random crop of the canvas's size, then a mirror (2109.10852, app. B)."""
-    origin, size = np.array(region[:2]), np.array(region[2:]) - region[:2]
-    scale = rng.uniform(*scale_range) * min(canvas / size)
+    origin = np.array(region[:2])
+    size = region[2:] - origin
+    scale = rng.uniform(scale_min, scale_max) * min(canvas / size)
     scaled = np.maximum((size * scale).astype(int), 1)
     offset = (rng.random() * np.maximum(scaled - canvas, 0)).astype(int)       # one number for both
-    height, width = np.minimum(canvas, scaled - offset)
+    shown = np.minimum(canvas, scaled - offset)
     start = origin + offset * size / scaled
-    end = origin + (offset + (height, width)) * size / scaled
-    mirrored = bool(flip and rng.random() < 0.5)
-    return View(*start, *end, int(height), int(width), canvas, mirrored)
+    end = origin + (offset + shown) * size / scaled
+    mirrored = flip and rng.random() < 0.5
+    return View(*start, *end, *shown.tolist(), canvas, mirrored)
 
 
 def view_boxes(view, boxes):
     """(N, 4) yxyx pixels -> (N, 4) yxyx fractions of the view's rectangle, clipped to it; empty if
     outside."""
     corners = view.to_view(boxes.reshape(-1, 2, 2))
-    return np.concatenate([corners.min(1), corners.max(1)], -1).clip(0, 1)
+    yxyx = np.hstack([corners.min(1), corners.max(1)])
+    return yxyx.clip(0, 1)
 
 
 def pad_objects(view, boxes, labels, count):
-    """Boxes (N, 4), fractions of the view, and labels (N,) -> arrays of `count` rows, boxes as
-    fractions of the canvas."""
-    n = min(len(boxes), count)
-    padded = {"boxes": np.zeros((count, 4), np.float32), "labels": np.full(count, PAD_LABEL)}
-    padded["boxes"][:n] = view.to_canvas(boxes[:n].reshape(-1, 2, 2)).reshape(-1, 4)
-    padded["labels"][:n] = labels[:n]
-    return padded
+    """At most `count` boxes (N, 4), fractions of the view, and labels (N,) -> arrays of `count`
+    rows, boxes as fractions of the canvas."""
+    corners = view.to_canvas(boxes.reshape(-1, 2, 2))
+    padded_boxes = np.zeros((count, 4), np.float32)
+    padded_boxes[:len(boxes)] = corners.reshape(-1, 4)
+    padded_labels = np.full(count, tokenizer.PAD_LABEL)
+    padded_labels[:len(labels)] = labels
+    return {"boxes": padded_boxes, "labels": padded_labels}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -202,23 +204,26 @@ def pad_objects(view, boxes, labels, count):
 def det_example(record, c, rng):
     """Record -> image (H, W, 3) uint8, size (2,) of its unpadded part, boxes (max_objects, 4)
     fractions of the canvas, labels (max_objects,), corrupt (max_objects, 2) random numbers."""
-    d = c.data
-    region, scale_range = whole(record["image"]), (d.scale_min, d.scale_max)
-    view = train_view(region, c.model.image_size, rng, scale_range, d.flip)
+    d, image = c.data, record["image"]
+    view = train_view(
+        whole(image), c.model.image_size, rng, d.scale_min, d.scale_max, d.flip)
     boxes = view_boxes(view, record["boxes"])
-    order = rng.permutation(np.flatnonzero(visible(boxes) & ~record["iscrowd"]))[:d.max_objects]
+    usable = visible(boxes) & ~record["iscrowd"]
+    order = rng.permutation(np.flatnonzero(usable))[:d.max_objects]
     boxes, labels = boxes[order], record["labels"][order]
-    missing = d.max_objects - len(boxes)
+    missing = d.max_objects - len(order)
     if d.noise_boxes and missing:
         boxes = np.concatenate([boxes, noise_boxes(boxes, missing, rng)])
-        labels = np.concatenate([labels, np.full(missing, FAKE_LABEL)])
+        labels = np.append(labels, [tokenizer.FAKE_LABEL] * missing)
     objects = pad_objects(view, boxes, labels, d.max_objects)
     corrupt = rng.random((d.max_objects, 2), np.float32)
-    return see(view, record["image"]) | objects | {"corrupt": corrupt}
+    return see(view, image) | objects | {"corrupt": corrupt}
 
 
 def see(view, image):
-    return {"image": view.image(image), "size": np.array([view.height, view.width])}
+    return {
+        "image": view.image(image),
+        "size": np.array([view.height, view.width])}
 
 
 def visible(boxes):
@@ -229,50 +234,50 @@ def noise_boxes(boxes, count, rng):
     """`count` boxes that look like objects and are none (2109.10852, section 2.4): near-copies of
     real boxes, real boxes elsewhere, random boxes. boxes: (N, 4) yxyx fractions of the view."""
     def around(centers, sizes):
-        return np.concatenate([centers - sizes / 2, centers + sizes / 2], -1)
+        return np.hstack([centers - sizes / 2, centers + sizes / 2])
 
-    copies = rng.integers(0, count + 1) if len(boxes) else 0
+    copies = rng.integers(count + 1) if len(boxes) else 0
     others = count - copies
-    pool = np.tile(boxes, (count // max(len(boxes), 1) + 1, 1))
+    repeats = count // max(len(boxes), 1) + 1
+    pool = np.tile(boxes, (repeats, 1))
     near = rng.permutation(pool)[:copies]
-    near = near + truncated_normal(rng, near.shape, 0.05) * np.tile(near[:, 2:] - near[:, :2], 2)
+    sizes = near[:, 2:] - near[:, :2]
+    near = near + truncated_normal(rng, near.shape, 0.05) * np.tile(sizes, 2)
     moved = rng.permutation(pool)[:others]
-    moved = around(rng.random((len(moved), 2)), moved[:, 2:] - moved[:, :2])
+    sizes = moved[:, 2:] - moved[:, :2]
+    moved = around(rng.random(sizes.shape), sizes)
     centers = rng.random((others, 2))
-    drawn = around(centers, np.abs(truncated_normal(rng, (others, 2), 0.5)))
+    sizes = np.abs(truncated_normal(rng, centers.shape, 0.5))
+    drawn = around(centers, sizes)
     bad = rng.permutation(np.concatenate([moved, drawn]))[:others]
     return rng.permutation(np.concatenate([near, bad])).clip(0, 1)
 
 
-def truncated_normal(rng, shape, std):
-    """Normal numbers of which none is beyond two standard deviations (those are drawn again)."""
-    x = rng.standard_normal(shape)
-    while (far := np.abs(x) > 2).any():
-        x[far] = rng.standard_normal(far.sum())
-    return x * std
-
-
 def det_batch(x, c):
     """Stacked examples -> the tokens of a Batch."""
-    weights = c.data.noise_weight, c.data.pad_weight
-    tokens = tokenizer.encode_detection(x["boxes"], x["labels"], c.vocab, x["corrupt"], *weights)
+    tokens = tokenizer.encode_detection(
+        x["boxes"], x["labels"], c.vocab, x["corrupt"],
+        c.data.noise_weight, c.data.pad_weight)
     return tokens._asdict()
 
 
 def collate(task, c):
     """A task's function of examples -> Batch. (A partial, so that workers can be sent it.)"""
-    return functools.partial(collate_examples, task, c)
+    return partial(collate_examples, task, c)
 
 
 def collate_examples(task, c, examples):
-    x = {}
+    x = {}                                             # arrays are stacked, lists listed
     for key, value in examples[0].items():
-        x[key] = [example[key] for example in examples]
-        if isinstance(value, (np.ndarray, np.generic)):
-            x[key] = torch.from_numpy(np.stack(x[key]))
-    skipped = tuple(message for example in x.pop("skipped", ()) for message in example)
-    shown = {"images": x["image"], "sizes": x["size"]} if "image" in x else {}
-    return Batch(**COLLATE[task](x, c), **shown, skipped=skipped)
+        values = [example[key] for example in examples]
+        x[key] = values if isinstance(value, list) else torch.from_numpy(np.stack(values))
+    skipped = tuple(itertools.chain(*x.pop("skipped", ())))
+    fields = COLLATE[task](x, c)
+    return Batch(
+        **fields,
+        images=x.get("image"),
+        sizes=x.get("size"),
+        skipped=skipped)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -283,51 +288,50 @@ class TrainStream(Dataset):
     replaced by the next one."""
 
     def __init__(self, source, task, c, seed):
-        self.source, self.task, self.c, self.seed, self.epoch = source, task, c, seed, None
+        self.source, self.task = source, task
+        self.c, self.seed = c, seed
         self.count = source.count(task)
         if self.count == 0:
             raise DataError(f"the training data has nothing to learn {task} from")
 
     def index(self, p):
+        """Which of the source's training examples comes at position p: each once per epoch."""
         if self.source.endless:
             return p
         epoch, i = divmod(p, self.count)
-        if epoch != self.epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            self.epoch, self.order = epoch, rng.permutation(self.count)
-        return int(self.order[i])
+        return int(shuffled(self.count, self.seed, epoch)[i])
 
     def __getitem__(self, p):
         first, skipped = self.index(p), []
-        while True:
-            i = (first + len(skipped)) % self.count
+        for i in range(first, first + self.count):
             try:
-                record = self.source.record(self.task, i)
-                break
+                record = self.source.record(self.task, i % self.count)
             except DataError as e:
                 skipped.append(str(e))
-                if len(skipped) == self.count:
-                    raise DataError(
-                        f"none of the {self.count} training images can be read, the last: {e}"
-                    ) from e
-        rng = np.random.default_rng([self.seed, list(EXAMPLES).index(self.task), p])
-        return EXAMPLES[self.task](record, self.c, rng) | {"skipped": skipped}
+                continue
+            rng = np.random.default_rng([self.seed, list(EXAMPLES).index(self.task), p])
+            return EXAMPLES[self.task](record, self.c, rng) | {"skipped": skipped}
+        raise DataError(
+            f"none of the {self.count} training images can be read, the last: {skipped[-1]}")
 
 
+@dataclass
 class Positions:
     """Batch sampler: from step `start` on, this process's part of each global batch, in `parts`
     parts. A part is every (world x parts)-th position of the batch, so which process computes what
     does not change the batch."""
-
-    def __init__(self, start, steps, batch, parts=1, rank=0, world=1):
-        self.start, self.steps, self.batch = start, steps, batch
-        self.parts, self.rank, self.world = parts, rank, world
+    start: int
+    steps: int
+    batch: int
+    parts: int = 1
+    rank: int = 0
+    world: int = 1
 
     def __iter__(self):
         for step in range(self.start, self.steps):
             for part in range(self.parts):
                 first = step * self.batch + self.rank * self.parts + part
-                yield list(range(first, (step + 1) * self.batch, self.world * self.parts))
+                yield range(first, (step + 1) * self.batch, self.world * self.parts)
 
 
 def make_loader(dataset, batch_sampler, collate_fn, workers, pin=False):
@@ -345,13 +349,30 @@ def make_loader(dataset, batch_sampler, collate_fn, workers, pin=False):
     )
 
 
+# ==== reference ===================================================================================
+# helpers of the core
+
+@lru_cache(maxsize=8)
+def shuffled(count, seed, epoch):
+    """The order of an epoch."""
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def truncated_normal(rng, shape, std):
+    """Normal numbers of which none is beyond two standard deviations (those are drawn again)."""
+    x = rng.standard_normal(shape)
+    while (far := np.abs(x) > 2).any():
+        x[far] = rng.standard_normal(far.sum())
+    return x * std
+
+
 def ignore_interrupts(worker):
     """Ctrl-C reaches every process of a terminal; only the main one answers it, by saving."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-# ==== reference ===================================================================================
-# records to evaluate
+# --------------------------------------------------------------------------------------------------
+# what a model is evaluated on
 
 class EvalSet(Dataset):
     """Record i of a source; of an unreadable image only the message, a str."""
@@ -369,100 +390,126 @@ class EvalSet(Dataset):
             return str(e)
 
 
+def eval_view(region, canvas):
+    """All of a region, as large as the canvas allows."""
+    size = np.subtract(region[2:], region[:2])
+    scaled = size * min(canvas / size)
+    shown = np.maximum(scaled.round().astype(int), 1)
+    return View(*region, *shown.tolist(), canvas)
+
+
 # --------------------------------------------------------------------------------------------------
 # the other tasks' examples and batches
 
 def seg_example(record, c, rng):
     """image, size, boxes (max_instances, 4), labels (max_instances,), points (max_instances,
     2 max_points) with the *_POINT marks."""
-    d = c.data
-    region, scale_range = whole(record["image"]), (d.instance_scale_min, d.instance_scale_max)
-    view = train_view(region, c.model.image_size, rng, scale_range, d.flip)
+    d, image = c.data, record["image"]
+    view = train_view(
+        whole(image), c.model.image_size, rng, d.instance_scale_min, d.instance_scale_max, d.flip)
     boxes = view_boxes(view, record["boxes"])
-    outlined = np.array([bool(polygons) for polygons in record["polygons"]], bool)
-    usable = visible(boxes) & ~record["iscrowd"] & outlined
+    has_polygons = np.array([bool(polygons) for polygons in record["polygons"]], bool)
+    usable = visible(boxes) & ~record["iscrowd"] & has_polygons
     order = rng.permutation(np.flatnonzero(usable))[:d.max_instances]
     objects = pad_objects(view, boxes[order], record["labels"][order], d.max_instances)
     polygons = [record["polygons"][i] for i in order]
     points = polygon_points(view, polygons, d.max_instances, d.max_points)
-    return see(view, record["image"]) | objects | {"points": points}
+    return see(view, image) | objects | {"points": points}
 
 
 def seg_batch(x, c):
     tokens = tokenizer.encode_instances(
-        tokenizer.PROMPT_SEG, x["boxes"], x["labels"], x["points"], c.vocab)
+        tokenizer.PROMPT_SEG,
+        x["boxes"],
+        x["labels"],
+        x["points"],
+        c.vocab)
     return tokens._asdict()
 
 
 def polygon_points(view, objects, count, most):
     """Polygons of N objects, in pixels -> (count, 2 most) float32 fractions of the canvas, clipped
     to the view, with *_POINT marks."""
-    points = np.full((count, most, 2), PAD_POINT, np.float32)
+    points = np.full((count, most, 2), tokenizer.PAD_POINT, np.float32)
     for row, polygons in zip(points, objects):
         n = 0
         for polygon in thin_polygons(polygons, most):
             if n:
-                row[n] = SEPARATOR_POINT
+                row[n] = tokenizer.SEPARATOR_POINT
                 n += 1
-            row[n:n + len(polygon)] = view.to_canvas(view.to_view(polygon).clip(0, 1))
-            n += len(polygon)
+            end = n + len(polygon)
+            row[n:end] = view.to_canvas(view.to_view(polygon).clip(0, 1))
+            n = end
     return points.reshape(count, 2 * most)
 
 
 def thin_polygons(polygons, most):
     """A list of (P, 2) -> the same polygons in at most `most` points, a separator between two
-    counted as one: each gives up an equal fraction, evenly along its outline; where even triangles
+    counted as one: each gives up an equal fraction, evenly along it; where even triangles
     are too many, the smallest polygons go."""
+    def size(polygon):
+        return max(int(len(polygon) * fraction), 3)
+
     polygons = sorted(polygons, key=polygon_area, reverse=True)[:(most + 1) // 4]
     room = most - len(polygons) + 1
     fraction = min(room / max(sum(map(len, polygons)), 1), 1)
-    while sum(max(int(len(p) * fraction), 3) for p in polygons) > room:
+    while sum(map(size, polygons)) > room:
         fraction *= 0.95
-    kept = [min(max(int(len(p) * fraction), 3), len(p)) for p in polygons]
-    return [p[np.arange(n) * len(p) // n] for p, n in zip(polygons, kept)]
+    return [p[np.arange(size(p)) * len(p) // size(p)] for p in polygons]
 
 
 def polygon_area(points):
     """Area inside a polygon (P, 2), by the shoelace formula."""
-    (y, x), (next_y, next_x) = points.T, points[np.arange(len(points)) - 1].T
-    return 0.5 * abs(x @ next_y - y @ next_x)
+    y, x = points.T
+    other_y, other_x = points[np.arange(len(points)) - 1].T          # the end of each side
+    return 0.5 * abs(x @ other_y - y @ other_x)
 
 
 def kpt_example(record, c, rng):
     """image cropped to one person, size, boxes (1, 4), labels (1,), points (1, 2 K), mask (1, 2 K)
     bool: the fraction of the points that is hidden is drawn for every example (in the reference for
     every batch). The record says which of its objects it is about."""
-    n, d = record["person"], c.data
-    region = around_box(record["image"], record["boxes"][n], d.crop_margin)
-    scale_range = d.instance_scale_min, d.instance_scale_max
-    view = train_view(region, c.model.image_size, rng, scale_range, flip=False)
-    box, label = view_boxes(view, record["boxes"][n:n + 1]), record["labels"][n:n + 1]
+    d, image, n = c.data, record["image"], record["person"]
+    region = around_box(image, record["boxes"][n], d.crop_margin)
+    view = train_view(
+        region, c.model.image_size, rng, d.instance_scale_min, d.instance_scale_max, flip=False)
+    box = view_boxes(view, record["boxes"][[n]])
     points = keypoint_points(view, record["keypoints"][n])[None]
     mask = rng.random(points.shape) < rng.random()
-    objects = pad_objects(view, box, label, 1)
-    return see(view, record["image"]) | objects | {"points": points, "mask": mask}
+    objects = pad_objects(view, box, record["labels"][[n]], 1)
+    return see(view, image) | objects | {"points": points, "mask": mask}
 
 
 def kpt_batch(x, c):
     tokens = tokenizer.encode_instances(
-        tokenizer.PROMPT_KPT, x["boxes"], x["labels"], x["points"], c.vocab, x["mask"],
-        c.data.invisible_weight, 0.0)
+        tokenizer.PROMPT_KPT,
+        x["boxes"],
+        x["labels"],
+        x["points"],
+        c.vocab,
+        x["mask"],
+        c.data.invisible_weight,
+        pad_weight=0.0)
     return tokens._asdict()
 
 
 def around_box(image, box, margin):
     """The region of a yxyx box in pixels, widened on each side by `margin` times its size, within
     the image."""
-    size = np.tile(box[2:] - box[:2], 2) * (-margin, -margin, margin, margin)
-    return tuple(np.clip(box + size, 0, [image.height, image.width] * 2).tolist())
+    size = np.tile(box[2:] - box[:2], 2)
+    box = box + size * (-margin, -margin, margin, margin)
+    _, _, height, width = whole(image)
+    return tuple(box.clip(0, (height, width) * 2).tolist())
 
 
 def keypoint_points(view, keypoints):
     """(K, 3) yxv pixels -> (2 K,) float32 fractions of the canvas; INVISIBLE_POINT where unlabelled
     or outside of the view."""
     points = view.to_view(keypoints[:, :2])
-    shown = (keypoints[:, 2] > 0) & (points > 0).all(-1) & (points < 1).all(-1)
-    points = np.where(shown[:, None], view.to_canvas(points), INVISIBLE_POINT)
+    inside = ((points > 0) & (points < 1)).all(-1)
+    shown = inside & (keypoints[:, 2] > 0)
+    points = view.to_canvas(points)
+    points[~shown] = tokenizer.INVISIBLE_POINT
     return points.astype(np.float32).ravel()
 
 
@@ -471,77 +518,76 @@ def cap_example(record, c, rng):
     d, image = c.data, record["image"]
     if d.color_jitter:
         image = jitter_colors(image, d.color_jitter, rng)
-    scale_range = d.scale_min, d.scale_max
-    view = train_view(whole(image), c.model.image_size, rng, scale_range, d.caption_flip)
+    view = train_view(
+        whole(image), c.model.image_size, rng, d.scale_min, d.scale_max, d.caption_flip)
     texts, count = record["captions"] or [""], d.captions_per_image
     rounds = -(-count // len(texts))
-    chosen = rng.permutation(len(texts) * rounds)[:count] % len(texts)
+    order = rng.permutation(len(texts) * rounds)[:count]
+    chosen = [texts[i % len(texts)] for i in order]
     drop = rng.random((count, d.caption_length), np.float32)
-    return see(view, image) | {"captions": [texts[i] for i in chosen], "drop": drop}
+    return see(view, image) | {"captions": chosen, "drop": drop}
 
 
 def cap_batch(x, c):
-    d = c.data
-    captions = [caption for captions in x["captions"] for caption in captions]
+    d, drop = c.data, x["drop"]                        # (B, captions, length)
     tokens = tokenizer.encode_captions(
-        captions, c.vocab, d.caption_length, x["drop"].flatten(0, 1), d.caption_drop,
+        list(itertools.chain(*x["captions"])),
+        c.vocab,
+        d.caption_length,
+        drop.flatten(0, 1),
+        d.caption_drop,
         pad_weight=d.caption_pad_weight)
-    B = len(x["captions"])
-    return {key: t.view(B, -1, d.caption_length) for key, t in tokens._asdict().items()}
+    return {key: rows.view_as(drop) for key, rows in tokens._asdict().items()}
 
 
 def jitter_colors(image, strength, rng):
     """PIL RGB -> the same with brightness, contrast, saturation and hue changed at random, four
     times in five, and grey one time in five (SimCLR's distortion, arXiv 2002.05709, appendix A)."""
-    if rng.random() < 0.8:
-        for change in rng.permutation(4):
-            if change < 3:
-                kind = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[change]
-                low = max(0, 1 - 0.8 * strength)
-                image = kind(image).enhance(rng.uniform(low, 1 + 0.8 * strength))
-            else:
-                hue, saturation, value = image.convert("HSV").split()
-                turn = int(rng.uniform(-0.2, 0.2) * strength * 256)
-                hue = hue.point(lambda h: (h + turn) % 256)
-                image = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+    low, high = max(0, 1 - 0.8 * strength), 1 + 0.8 * strength
+    kinds = ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color
+    for change in rng.permutation(4) if rng.random() < 0.8 else ():
+        if change < 3:
+            image = kinds[change](image).enhance(rng.uniform(low, high))
+        else:
+            hue, saturation, value = image.convert("HSV").split()
+            turn = int(rng.uniform(-0.2, 0.2) * strength * 256)
+            hue = hue.point(lambda h: (h + turn) % 256)
+            image = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
     return image.convert("L").convert("RGB") if rng.random() < 0.2 else image
 
 
 def gen_example(record, c, rng):
     """pixels (frames, H, W, C) uint8, context frames first, of an image one frame, and label int64.
     DataError if they are not of the size that the model takes."""
-    pixels, (frames, height, width) = as_clip(record["pixels"]), clip_shape(c)
-    expected, channels = (frames, height, width), c.data.image_channels
-    if pixels.shape[:3] != expected or pixels.shape[3] not in (1, channels):
+    pixels, channels = record["pixels"], c.data.image_channels
+    if pixels.ndim == 3:
+        pixels = pixels[None]
+    expected = *clip_shape(c), channels
+    if pixels.shape[:3] != expected[:3] or pixels.shape[3] not in (1, channels):
         raise DataError(
             f"the data is {pixels.shape} (frames, height, width, channels), but sample_size, "
-            f"image_channels and frames ask for {(*expected, channels)}")
+            f"image_channels and frames ask for {expected}")
     if c.data.flip and rng.random() < 0.5:
-        pixels = pixels[..., ::-1, :]
-    pixels = np.broadcast_to(pixels, (*expected, channels)).copy()             # grey: equal colours
+        pixels = pixels[:, :, ::-1]
+    pixels = np.broadcast_to(pixels, expected).copy()  # grey: equal colours
     return {"pixels": pixels, "label": np.int64(record["label"])}
 
 
 def gen_batch(x, c):
     """What is to be generated, and the context frames before it."""
     pixels, first = x["pixels"].movedim(-1, 1), c.model.cond_frames            # (B, C, T, H, W)
-    targets, cond = pixels[:, :, first:], {"labels": x["label"]}
+    cond = {"labels": x["label"]}
     if first:
         cond["frames"] = pixels[:, :, :first].contiguous()
-    if len(c.model.sample_shape) == 3:                 # an image, (C, H, W)
-        targets = targets[:, :, 0]
-    return {"targets": targets.contiguous(), "weights": torch.ones(len(targets)), "cond": cond}
-
-
-def as_clip(pixels):
-    """An image (H, W, C) is a clip of one frame (1, H, W, C); clips stay."""
-    return pixels if pixels.ndim == 4 else pixels[None]
+    B, C = pixels.shape[:2]
+    targets = pixels[:, :, first:].reshape(B, C, *c.model.sample_shape[1:])    # an image: no T
+    return {"targets": targets.contiguous(), "weights": torch.ones(B), "cond": cond}
 
 
 def clip_shape(c):
     """(frames, height, width) of an example of generation, context frames counted."""
     _, *frames, height, width = c.model.sample_shape
-    return sum(frames) + c.model.cond_frames if frames else 1, height, width
+    return sum(frames or [1]) + c.model.cond_frames, height, width
 
 
 EXAMPLES = {                                           # (record, c, rng) -> arrays of one example
@@ -558,6 +604,7 @@ COLLATE = {                                            # (stacked examples, c) -
     "cap": cap_batch,
     "gen": gen_batch,
 }
+PER_PERSON = {"kpt"}                                   # one example per person, not per image
 
 
 # --------------------------------------------------------------------------------------------------
@@ -573,13 +620,33 @@ def make_source(c, split, task="det"):
     return choices[c.data.data](c, split, task)
 
 
+class Source:
+    """What sources share. A source has `endless` (items need no shuffling), `classes` (names), a
+    record per item, and to learn keypoints from: `people`, and a record per `person`."""
+    endless, first_label = False, 0
+
+    @cached_property
+    def categories(self):
+        """[{id, name, label, maybe keypoints and skeleton}]"""
+        numbered = enumerate(self.classes, self.first_label)
+        return [{"id": i, "name": name, "label": i} for i, name in numbered]
+
+    def count(self, task):
+        """How many training examples there are of a task."""
+        return len(self.people if task in PER_PERSON else self)
+
+    def record(self, task, i):
+        """The record of training example i of a task."""
+        return self.person(i) if task in PER_PERSON else self[i]
+
+
 SPLITS = {"train": 0, "val": 1}
-# COCO's name of the annotation file of each task, and our fields that name another
+# of each task COCO's name of the annotation file, our fields that name another, what it annotates
 COCO_FILES = {
-    "det": ("instances", "json"),
-    "seg": ("instances", "json"),
-    "kpt": ("person_keypoints", "keypoints"),
-    "cap": ("captions", "captions"),
+    "det": ("instances", "json", "bbox"),
+    "seg": ("instances", "json", "bbox"),
+    "kpt": ("person_keypoints", "keypoints", "keypoints"),
+    "cap": ("captions", "captions", "caption"),
 }
 IMAGE_KINDS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
 LAYOUTS = {                                            # what the user puts into data_dir
@@ -604,15 +671,16 @@ def shapes_source(c, split, task):
 
 
 def coco_source(c, split, task):
-    kind, field = COCO_FILES[task]
+    kind, field, _ = COCO_FILES[task]
+    folder = c.data.data_dir
     json_path = getattr(c.data, f"{split}_{field}")
     images = getattr(c.data, f"{split}_images")
-    if not c.data.data_dir and not (json_path and images):
+    if not folder and not (json_path and images):
         raise DataError(
             f"data is 'coco': name a folder in COCO's layout with --data_dir, or --{split}_{field} "
             f"and --{split}_images")
-    json_path = json_path or f"{c.data.data_dir}/annotations/{kind}_{split}2017.json"
-    images = images or f"{c.data.data_dir}/{split}2017"
+    json_path = json_path or f"{folder}/annotations/{kind}_{split}2017.json"
+    images = images or f"{folder}/{split}2017"
     return Coco(json_path, images, c.vocab.max_label, c.data.bad_boxes)
 
 
@@ -623,44 +691,22 @@ def clips_source(c, split, task):
 
 
 def files_source(c, split, task):
-    if not c.data.data_dir:
-        raise DataError(
-            f"data is {c.data.data!r}: name with --data_dir the folder of {LAYOUTS[c.data.data]}")
-    return READERS[c.data.data](c, split)
+    folder, kind = c.data.data_dir, c.data.data
+    if not folder:
+        raise DataError(f"data is {kind!r}: name with --data_dir the folder of {LAYOUTS[kind]}")
+    frames, *size = clip_shape(c)
+    reader, *options = {
+        "mnist": (load_mnist,),
+        "cifar10": (load_cifar10,),
+        "images": (ClipFolder, size),
+        "videos": (ClipFolder, size, frames),
+    }[kind]
+    return reader(folder, split, *options)
 
 
 SEQUENCE_SOURCES = {"shapes": shapes_source, "coco": coco_source}
 SOURCES = dict.fromkeys(("det", "seg", "kpt", "cap"), SEQUENCE_SOURCES)
 SOURCES["gen"] = {"shapes": clips_source} | dict.fromkeys(LAYOUTS, files_source)
-READERS = {
-    "mnist": lambda c, split: load_mnist(c.data.data_dir, split),
-    "cifar10": lambda c, split: load_cifar10(c.data.data_dir, split),
-    "images": lambda c, split: ClipFolder(c.data.data_dir, split, c.model.sample_size),
-    "videos": lambda c, split: ClipFolder(
-        c.data.data_dir, split, c.model.sample_size, clip_shape(c)[0]),
-}
-
-
-class Source:
-    """What sources share. A source has `endless` (items need no shuffling), `classes` (names),
-    `categories` ({id, name, label, maybe keypoints and skeleton}) and a record per item."""
-    endless = False
-
-    def count(self, task):
-        """How many training examples there are of a task."""
-        return len(self)
-
-    def record(self, task, i):
-        """The record of training example i of a task."""
-        return self[i]
-
-
-class ClassSource(Source):
-    """A source for generation: categories are the classes, counted from 0."""
-
-    @property
-    def categories(self):
-        return [{"id": i, "name": name, "label": i} for i, name in enumerate(self.classes)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -686,11 +732,16 @@ def arc(count):
     return np.stack([np.cos(turn), np.sin(turn)], -1)
 
 
-OUTLINES = {
+POLYGONS = {                                           # yx, of shapes of radius 1
     "circle": arc(20),
-    "square": np.array([(-0.9, -0.9), (-0.9, 0.9), (0.9, 0.9), (0.9, -0.9)]),
-    "triangle": np.array([(-1, 0), (1, 1), (1, -1)]),
+    "square": [(-0.9, -0.9), (-0.9, 0.9), (0.9, 0.9), (0.9, -0.9)],
+    "triangle": [(-1, 0), (1, 1), (1, -1)],
 }
+TORSO = (
+    (-0.55, 0),                                        # neck
+    (0.1, -0.3),                                       # left
+    (0.35, 0),                                         # crotch
+    (0.1, 0.3))                                        # right
 
 
 @dataclass
@@ -703,34 +754,37 @@ class Shape:
     radius: float                                      # half its height
     pose: np.ndarray                                   # (4, 2) in [0, 1]: differs between figures
 
+    def place(self, points):
+        """(P, 2) yx of a shape of radius 1 around the origin -> fractions of the image."""
+        return np.array(points) * self.radius + (self.y, self.x)
+
     @cached_property
     def keypoints(self):
         """(5, 2) yx fractions of a figure's keypoints, in the order of KEYPOINTS."""
-        reach, height = 0.55 + 0.45 * self.pose[:, 0], self.pose[:, 1]
-        left_hand, right_hand = -0.75 + 1.1 * height[0], -0.75 + 1.1 * height[1]
-        hands = [(left_hand, -reach[0]), (right_hand, reach[1])]
-        feet = [(1.0, -0.2 - 0.7 * height[2]), (1.0, 0.2 + 0.7 * height[3])]
-        return np.array([(-0.7, 0.0), *hands, *feet]) * self.radius + (self.y, self.x)
+        reach, height = self.pose.T
+        hand_y = -0.75 + 1.1 * height[:2]
+        hand_x = (0.55 + 0.45 * reach[:2]) * (-1, 1)
+        foot_x = (0.2 + 0.7 * height[2:]) * (-1, 1)
+        hands = zip(hand_y, hand_x)
+        feet = zip((1.0, 1.0), foot_x)
+        return self.place([(-0.7, 0.0), *hands, *feet])
 
     @cached_property
     def polygons(self):
         """A list of (P, 2) arrays of yx fractions: one polygon, or head and body of a figure."""
-        center = self.y, self.x
         if self.kind != "figure":
-            return [OUTLINES[self.kind] * self.radius + center]
+            return [self.place(POLYGONS[self.kind])]
         _, left_hand, right_hand, left_foot, right_foot = self.keypoints
-        neck, left, crotch, right = (
-            np.array([self.y + y * self.radius, self.x + x * self.radius])
-            for y, x in ((-0.55, 0), (0.1, -0.3), (0.35, 0), (0.1, 0.3)))
+        neck, left, crotch, right = self.place(TORSO)
         body = [neck, left_hand, left, left_foot, crotch, right_foot, right, right_hand]
-        turn = np.arange(12) / 12 * 2 * np.pi
-        head = np.stack([-0.7 + 0.3 * np.cos(turn), 0.3 * np.sin(turn)], -1)
-        return [head * self.radius + center, np.array(body)]
+        head = arc(12) * 0.3 + (-0.7, 0)
+        return [self.place(head), np.array(body)]
 
-    def bounds(self):
-        """The square around its circle, yxyx fractions, in which it lies."""
-        r = self.radius
-        return self.y - r, self.x - r, self.y + r, self.x + r
+
+def random_kind(rng):
+    """Kind and colour of a shape."""
+    kind = KINDS[rng.integers(len(KINDS))]
+    return kind, list(COLORS)[rng.integers(len(COLORS))]
 
 
 def random_shape(rng, kind, color, smallest, largest):
@@ -745,27 +799,34 @@ def random_scene(rng, max_shapes):
     more than a tenth (IoU)."""
     shapes = []
     for _ in range(rng.integers(1, max_shapes + 1)):
-        kind, color = KINDS[rng.integers(len(KINDS))], list(COLORS)[rng.integers(len(COLORS))]
+        kind, color = random_kind(rng)
         for _ in range(10):
             shape = random_shape(rng, kind, color, 0.14, 0.26)
-            if all(box_iou(shape.bounds(), other.bounds()) < 0.1 for other in shapes):
+            if all(square_iou(shape, other) < 0.1 for other in shapes):
                 shapes.append(shape)
                 break
     return shapes
 
 
-def box_iou(a, b):
-    """Intersection over union of two yxyx boxes."""
-    height, width = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    both = max(height, 0) * max(width, 0)
-    return both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both)
+def square_iou(a, b):
+    """Intersection over union of the squares around two shapes."""
+    def overlap(p, q):
+        start = max(p - a.radius, q - b.radius)
+        end = min(p + a.radius, q + b.radius)
+        return max(end - start, 0)
+
+    both = overlap(a.y, b.y) * overlap(a.x, b.x)
+    areas = (2 * a.radius) ** 2 + (2 * b.radius) ** 2
+    return both / (areas - both)
 
 
 def random_background(rng, size):
     """PIL image of dull colours: a gradient or a blotchy texture."""
     cells, contrast = (2, 16) if rng.random() < 0.5 else (6, 8)
-    corners = rng.integers(40, 130) + rng.integers(-contrast, contrast + 1, (cells, cells, 3))
-    return Image.fromarray(corners.astype(np.uint8)).resize((size, size), Image.BILINEAR)
+    grey = rng.integers(40, 130)
+    corners = grey + rng.integers(-contrast, contrast + 1, (cells, cells, 3))
+    small = Image.fromarray(corners.astype(np.uint8))
+    return small.resize((size, size), Image.BILINEAR)
 
 
 def draw_scene(shapes, background):
@@ -776,11 +837,12 @@ def draw_scene(shapes, background):
     pen = ImageDraw.Draw(canvas)
     for shape in shapes:
         for polygon in shape.polygons:
-            pen.polygon((polygon[:, ::-1] * side).ravel().tolist(), fill=COLORS[shape.color])
+            xy = polygon[:, ::-1] * side
+            pen.polygon(xy.ravel().tolist(), fill=COLORS[shape.color])
     return canvas.reduce(4)
 
 
-def describe(shapes):
+def captions_of(shapes):
     """Every sentence about two shapes, "a red circle above a blue square", its inverse included;
     their name if there is only one. A direction counts if they are at least half as far apart in it
     as in the other."""
@@ -807,12 +869,13 @@ def drawn_count(split, count):
 
 class Shapes(Source):
     """Drawn scenes with COCO-style truth. Item i is a pure function of (seed, split, i)."""
-    endless, classes = True, list(KINDS)
+    endless, classes, first_label = True, list(KINDS), 1
 
     def __init__(self, split, size=64, max_shapes=4, seed=0, count=None):
-        self.split, self.size, self.max_shapes, self.seed = split, size, max_shapes, seed
+        self.split, self.seed = split, seed
+        self.size, self.max_shapes = size, max_shapes
         self.length = drawn_count(split, count)
-        self.categories = [{"id": i, "name": k, "label": i} for i, k in enumerate(KINDS, 1)]
+        self.people = range(self.length)               # one can be drawn for every number
         figure = self.categories[KINDS.index("figure")]
         figure |= {"keypoints": list(KEYPOINTS), "skeleton": SKELETON}
 
@@ -825,84 +888,94 @@ class Shapes(Source):
         boxes: (N, 4) float32 yxyx    iscrowd: (N,) bool    polygons: per object a list of (P, 2)
         keypoints: (N, K, 3) float32, y x visibility (0, 1 or 2)    captions: list of str
         """
-        rng = np.random.default_rng([self.seed, SPLITS[self.split], i])
-        return self.draw(random_scene(rng, self.max_shapes), rng, i)
+        seeds = self.seed, SPLITS[self.split], i
+        return draw_record(seeds, self.size, self.max_shapes)
 
-    def draw(self, shapes, rng, i):
-        polygons = [[np.round(p * self.size, 2) for p in shape.polygons] for shape in shapes]
-        extents = [np.concatenate(p) for p in polygons]
-        keypoints = np.zeros((len(shapes), len(KEYPOINTS), 3), np.float32)
-        for row, shape in zip(keypoints, shapes):
-            if shape.kind == "figure":
-                row[:, :2], row[:, 2] = np.round(shape.keypoints * self.size, 2), 2
-        boxes = [np.concatenate([extent.min(0), extent.max(0)]) for extent in extents]
-        return {
-            "image": draw_scene(shapes, random_background(rng, self.size)),
-            "image_id": i + 1,
-            "labels": np.array([KINDS.index(shape.kind) + 1 for shape in shapes], np.int64),
-            "boxes": np.array(boxes, np.float32),
-            "iscrowd": np.zeros(len(shapes), bool),
-            "polygons": polygons,
-            "keypoints": keypoints,
-            "captions": describe(shapes),
-        }
+    def person(self, i):
+        """A record that has a figure, and which of its objects that is."""
+        seeds = self.seed, SPLITS[self.split], i, 1
+        record = draw_record(seeds, self.size, self.max_shapes, needed="figure")
+        label = KINDS.index("figure") + 1
+        return record | {"person": record["labels"].tolist().index(label)}
 
-    def record(self, task, i):
-        """Of kpt a scene that has a figure, and which of its objects that is."""
-        if task != "kpt":
-            return self[i]
-        rng, figures = np.random.default_rng([self.seed, SPLITS[self.split], i, 1]), []
-        while not figures:
-            shapes = random_scene(rng, self.max_shapes)
-            figures = [n for n, shape in enumerate(shapes) if shape.kind == "figure"]
-        return self.draw(shapes, rng, i) | {"person": figures[0]}
-
-    def truth(self, task="det"):
+    def truth(self, task="det", ending="png"):
         """The whole split as a dict in COCO's format, of which pycocotools makes an index."""
-        images, annotations = [], []
-        categories = [k for k in self.categories if task != "kpt" or "keypoints" in k]
-        known = {category["label"] for category in categories}
+        images, annotations, needed = [], [], COCO_FILES[task][-1]
         for i in range(len(self)):
             record = self[i]
             image_id = record["image_id"]
-            image = {"id": image_id, "file_name": f"{image_id:012d}.png"}
-            images.append(image | {"height": self.size, "width": self.size})
-            if task == "cap":
-                found = [{"caption": caption} for caption in record["captions"]]
-            else:
-                rows = range(len(record["labels"]))
-                found = [coco_object(record, n) for n in rows if record["labels"][n] in known]
-            annotations += [{"image_id": image_id, **annotation} for annotation in found]
-        for n, annotation in enumerate(annotations, 1):
-            annotation["id"] = n
+            images.append({
+                "id": image_id,
+                "file_name": f"{image_id:012d}.{ending}",
+                "height": self.size,
+                "width": self.size})
+            found = [coco_object(record, n) for n in range(len(record["labels"]))]
+            found += [{"caption": caption} for caption in record["captions"]]
+            for annotation in found:
+                if needed in annotation:
+                    ids = {"id": len(annotations) + 1, "image_id": image_id}
+                    annotations.append(ids | annotation)
+        categories = [k for k in self.categories if task not in PER_PERSON or "keypoints" in k]
         return {"images": images, "annotations": annotations, "categories": categories}
+
+
+@lru_cache(maxsize=512)                                # tasks learned at once see the same scenes
+def draw_record(seeds, size, max_shapes, needed=None):
+    """The record of a scene; with `needed` the first scene that has such a kind of shape."""
+    rng = np.random.default_rng(seeds)
+    shapes = random_scene(rng, max_shapes)
+    while needed and needed not in [shape.kind for shape in shapes]:
+        shapes = random_scene(rng, max_shapes)
+    labels, polygons, boxes = [], [], []
+    for shape in shapes:
+        labels.append(KINDS.index(shape.kind) + 1)
+        polygons.append([np.round(polygon * size, 2) for polygon in shape.polygons])
+        points = np.concatenate(polygons[-1])
+        boxes.append([*points.min(0), *points.max(0)])
+    keypoints = np.zeros((len(shapes), len(KEYPOINTS), 3), np.float32)
+    for row, shape in zip(keypoints, shapes):
+        if shape.kind == "figure":
+            row[:, :2] = np.round(shape.keypoints * size, 2)
+            row[:, 2] = 2
+    return {
+        "image": draw_scene(shapes, random_background(rng, size)),
+        "image_id": seeds[2] + 1,
+        "labels": np.array(labels, np.int64),
+        "boxes": np.array(boxes, np.float32),
+        "iscrowd": np.zeros(len(shapes), bool),
+        "polygons": polygons,
+        "keypoints": keypoints,
+        "captions": captions_of(shapes),
+    }
 
 
 def coco_object(record, n):
     """Object n of a drawn record -> an annotation in COCO's format."""
     y0, x0, y1, x1 = record["boxes"][n].astype(np.float64).round(2)
-    label, polygons = record["labels"][n], record["polygons"][n]
+    w, h = round(x1 - x0, 2), round(y1 - y0, 2)
+    yxv = record["keypoints"][n].astype(np.float64).round(2)
+    polygons = record["polygons"][n]
     annotation = {
-        "category_id": int(label),
+        "category_id": int(record["labels"][n]),
         "iscrowd": 0,
-        "bbox": [x0, y0, round(x1 - x0, 2), round(y1 - y0, 2)],
-        "area": sum(polygon_area(polygon) for polygon in polygons),
+        "bbox": [x0, y0, w, h],
+        "area": sum(map(polygon_area, polygons)),
         "segmentation": [polygon[:, ::-1].ravel().tolist() for polygon in polygons],
     }
-    if KINDS[label - 1] == "figure":
-        yxv = record["keypoints"][n].astype(np.float64).round(2)
+    if yxv.any():
         annotation["keypoints"] = yxv[:, [1, 0, 2]].ravel().tolist()
-        annotation["num_keypoints"] = len(KEYPOINTS)
+        annotation["num_keypoints"] = len(yxv)
     return annotation
 
 
-class ShapeClips(ClassSource):
+class ShapeClips(Source):
     """One drawn shape on a plain ground, at rest in an image or moving through a clip. Item i of a
     split is a pure function of (seed, split, i)."""
     endless, classes = True, list(KINDS)
 
     def __init__(self, split, size=32, frames=1, seed=0, count=None):
-        self.split, self.size, self.frames, self.seed = split, size, frames, seed
+        self.split, self.seed = split, seed
+        self.size, self.frames = size, frames
         self.length = drawn_count(split, count)
 
     def __len__(self):
@@ -914,18 +987,20 @@ class ShapeClips(ClassSource):
         label: int, index in the source's classes; -1 unknown
         """
         rng = np.random.default_rng([self.seed, SPLITS[self.split], i, 2])     # 2: unlike Shapes
-        label, color = int(rng.integers(len(KINDS))), list(COLORS)[rng.integers(len(COLORS))]
-        shape = random_shape(rng, KINDS[label], color, 0.22, 0.36)
+        shape = random_shape(rng, *random_kind(rng), 0.22, 0.36)
         grey = tuple(rng.integers(40, 130, 3).tolist())
         background = Image.new("RGB", (self.size, self.size), grey)
-        turn, speed = rng.uniform(0, 2 * np.pi), rng.uniform(0.03, 0.08)
+        turn = rng.uniform(0, 2 * np.pi)
+        speed = rng.uniform(0.03, 0.08)
         steps = np.arange(self.frames)[:, None] * (np.sin(turn), np.cos(turn))
-        path = (shape.y, shape.x) + speed * steps
-        low, room = shape.radius + 0.01, 0.98 - 2 * shape.radius               # folded at both ends
-        path = low + room - np.abs((path - low) % (2 * room) - room)           # (T, 2) yx
-        frames = [draw_scene([replace(shape, y=y, x=x)], background) for y, x in path]
-        pixels = np.stack([np.asarray(frame) for frame in frames])
-        return {"pixels": pixels if self.frames > 1 else pixels[0], "label": label}
+        path = (shape.y, shape.x) + speed * steps      # (T, 2) yx
+        low, room = shape.radius + 0.01, 0.98 - 2 * shape.radius
+        folded = np.abs((path - low) % (2 * room) - room)                      # at both ends
+        path = low + room - folded
+        moved = [replace(shape, y=y, x=x) for y, x in path]
+        frames = [draw_scene([shape], background) for shape in moved]
+        pixels = np.stack(frames) if self.frames > 1 else np.asarray(frames[0])
+        return {"pixels": pixels, "label": KINDS.index(shape.kind)}
 
 
 def export_shapes(folder, count, size, seed, image_format):
@@ -933,16 +1008,14 @@ def export_shapes(folder, count, size, seed, image_format):
     os.makedirs(f"{folder}/annotations", exist_ok=True)
     for split in SPLITS:
         os.makedirs(f"{folder}/{split}2017", exist_ok=True)
-        size_of_split = count if split == "train" else min(count, 500)
-        source = Shapes(split, size, seed=seed, count=size_of_split)
-        for task, (kind, _) in COCO_FILES.items():
-            truth = source.truth(task)
-            for image in truth["images"]:
-                image["file_name"] = image["file_name"].replace(".png", f".{image_format}")
+        number = count if split == "train" else min(count, 500)
+        source = Shapes(split, size, seed=seed, count=number)
+        for task, (kind, *_) in COCO_FILES.items():
             with open(f"{folder}/annotations/{kind}_{split}2017.json", "w") as f:
-                json.dump(truth, f)
-        for i, image in enumerate(truth["images"]):
-            source[i]["image"].save(f"{folder}/{split}2017/{image['file_name']}", quality=95)
+                json.dump(source.truth(task, image_format), f)
+        for i in range(number):
+            path = f"{folder}/{split}2017/{i + 1:012d}.{image_format}"
+            source[i]["image"].save(path, quality=95)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -955,16 +1028,14 @@ def load_image(path, size=None):
     try:
         with Image.open(path) as stored:
             stored.load()
-            image = ImageOps.exif_transpose(stored)
-            if size is not None and (image.height, image.width) != tuple(size):
-                image = stored
-            if size is not None and (image.height, image.width) != tuple(size):
-                raise DataError(
-                    f"{path}: the image is {image.height}x{image.width}, its labels are for "
-                    f"{size[0]}x{size[1]}")
-            return to_rgb(image)
-    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as e:
+            for image in (ImageOps.exif_transpose(stored), stored):
+                height, width = image.height, image.width
+                if size is None or (height, width) == tuple(size):
+                    return to_rgb(image)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
         raise DataError(f"{path}: not a readable image ({e})") from e
+    raise DataError(
+        f"{path}: the image is {height}x{width}, its labels are for {size[0]}x{size[1]}")
 
 
 def to_rgb(image):
@@ -974,7 +1045,8 @@ def to_rgb(image):
         top = 65535 if pixels.max() > 255 else 255
         if image.mode == "F" and pixels.max() <= 1:
             top = 1
-        image = Image.fromarray((pixels.clip(0, top) * (255 / top)).round().astype(np.uint8))
+        pixels = pixels.clip(0, top) * (255 / top)
+        image = Image.fromarray(pixels.round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -994,19 +1066,23 @@ class Coco(Source):
         if bad_boxes not in ("error", "drop"):
             raise DataError(f"bad_boxes is {bad_boxes!r}, expected 'error' or 'drop'")
         self.json_path, self.image_dir = json_path, image_dir
+        self.decoded = {}
         truth = read_json(json_path)
         if not os.path.isdir(image_dir):
             raise DataError(f"{image_dir}: no such folder, expected the images of {json_path}")
-        self.images, self.annotations, self.decoded = truth["images"], {}, {}
-        for annotation in self.checked(truth, bad_boxes):
-            self.annotations.setdefault(annotation["image_id"], []).append(annotation)
-        self.coco_categories = truth["categories"]
-        ids = [category["id"] for category in self.coco_categories]
+        annotations = self.checked(truth, bad_boxes)
+        self.images = truth["images"]
+        of_image = {image["id"]: [] for image in self.images}
+        for annotation in annotations:
+            of_image[annotation["image_id"]].append(annotation)
+        self.annotations = list(of_image.values())     # a list per image
+        ids = [category["id"] for category in truth["categories"]]
         self.label_of = assign_labels(ids, max_label, json_path)
-        kept = ("id", "name", "keypoints", "skeleton")
-        self.categories = [
-            {key: category[key] for key in kept if key in category}
-            | {"label": self.label_of[category["id"]]} for category in self.coco_categories]
+        self.categories = []
+        for category in truth["categories"]:
+            known = ("id", "name", "keypoints", "skeleton")
+            kept = {key: category[key] for key in known if key in category}
+            self.categories.append(kept | {"label": self.label_of[category["id"]]})
         self.classes = [category["name"] for category in self.categories]
 
     def checked(self, truth, bad_boxes):
@@ -1020,7 +1096,6 @@ class Coco(Source):
         })
         sizes = {image["id"]: (image["height"], image["width"]) for image in images}
         ids = [category["id"] for category in truth["categories"]]
-        known = set(ids)
         boxed = [a for a in annotations if "caption" not in a]
         self.refuse({
             "image ids appear twice": twice([image["id"] for image in images]),
@@ -1029,23 +1104,25 @@ class Coco(Source):
             f"images are not in {self.image_dir}":
                 missing_files(self.image_dir, [image["file_name"] for image in images]),
             "annotations are of an image_id that no image has":
-                [f"{a['image_id']} ({name(a)})" for a in annotations if a["image_id"] not in sizes],
+                unknown(annotations, "image_id", sizes),
             "annotations have a category_id that no category has":
-                [f"{a.get('category_id')} ({name(a)})" for a in boxed
-                 if a.get("category_id") not in known],
+                unknown(boxed, "category_id", set(ids)),
             "annotations have no bbox of four numbers":
                 [name(a) for a in boxed if len(a.get("bbox", ())) != 4],
         })
-        bad = [a for a in boxed if not box_fits(a["bbox"], *sizes[a["image_id"]])]
-        names = [f"{name(a)} {a['bbox']} in {sizes[a['image_id']][1]}x{sizes[a['image_id']][0]}"
-                 for a in bad]
+        bad, names = [], []
+        for a in boxed:
+            height, width = sizes[a["image_id"]]
+            if not box_fits(a["bbox"], height, width):
+                bad.append(id(a))
+                names.append(f"{name(a)} {a['bbox']} in {width}x{height}")
         if bad_boxes == "error":
             hint = "(--bad_boxes=drop leaves them out)"
             self.refuse({f"boxes are empty or outside their image {hint}": names})
         if bad:
             warnings.warn(f"{self.json_path}: left out {len(bad)} boxes, empty or outside their "
                           f"image, such as {names[0]}")
-        dropped = set(map(id, bad))
+        dropped = set(bad)
         return [a for a in annotations if id(a) not in dropped]
 
     def refuse(self, problems):
@@ -1061,81 +1138,75 @@ class Coco(Source):
     def __len__(self):
         return len(self.images)
 
-    def __getitem__(self, i):
-        image = self.images[i]
-        found = self.annotations.get(image["id"], [])
-        boxed = [a for a in found if "bbox" in a]
-        x, y, w, h = np.array([a["bbox"] for a in boxed], np.float32).reshape(-1, 4).T
-        limit = np.array([image["height"], image["width"]] * 2, np.float32)
-        most = max([len(a.get("keypoints", ())) // 3 for a in boxed], default=0)
-        keypoints = [a.get("keypoints") or [0] * 3 * most for a in boxed]
-        keypoints = np.array(keypoints, np.float32).reshape(len(boxed), most, 3)
-        return {
-            "image": self.pixels(i),
-            "image_id": image["id"],
-            "labels": np.array([self.label_of[a["category_id"]] for a in boxed], np.int64),
-            "boxes": np.stack([y, x, y + h, x + w], -1).clip(0, limit),
-            "iscrowd": np.array([bool(a.get("iscrowd", 0)) for a in boxed], bool),
-            "polygons": [polygons_of(a) for a in boxed],
-            "keypoints": keypoints[..., [1, 0, 2]],
-            "captions": [a["caption"].strip() for a in found if "caption" in a],
-        }
+    def objects(self, i):
+        """Annotations of image i that have a box."""
+        return [a for a in self.annotations[i] if "bbox" in a]
 
-    def pixels(self, i):
-        """Image i; a set of few images is decoded once."""
-        if i in self.decoded:
-            return self.decoded[i]
-        image = self.images[i]
+    def __getitem__(self, i):
+        image, found = self.images[i], self.objects(i)
+        size = image["height"], image["width"]
         path = os.path.join(self.image_dir, image["file_name"])
-        pixels = load_image(path, (image["height"], image["width"]))
-        if len(self.images) <= 200:
-            self.decoded[i] = pixels
-        return pixels
+        picture = self.decoded.get(i) or load_image(path, size)
+        if len(self) <= 200:                           # few images are decoded once
+            self.decoded[i] = picture
+        xywh = np.array([a["bbox"] for a in found], np.float32)
+        x, y, w, h = xywh.reshape(-1, 4).T
+        boxes = np.stack([y, x, y + h, x + w], -1)
+        labels = [self.label_of[a["category_id"]] for a in found]
+        crowds = [a.get("iscrowd", 0) for a in found]
+        captions = [a["caption"] for a in self.annotations[i] if "caption" in a]
+        keypoints = [a.get("keypoints") or [] for a in found]
+        most = max(map(len, keypoints), default=0)
+        keypoints = np.array([k or [0] * most for k in keypoints], np.float32)
+        keypoints = keypoints.reshape(len(found), most // 3, 3)
+        return {
+            "image": picture,
+            "image_id": image["id"],
+            "labels": np.array(labels, np.int64),
+            "boxes": boxes.clip(0, np.array(size * 2, np.float32)),
+            "iscrowd": np.array(crowds, bool),
+            "polygons": [polygons_of(a) for a in found],
+            "keypoints": keypoints[..., [1, 0, 2]],
+            "captions": [caption.strip() for caption in captions],
+        }
 
     @cached_property
     def people(self):
         """(image, object) numbers of annotations with a labelled keypoint that are no crowds."""
         found = []
-        for i, image in enumerate(self.images):
-            boxed = [a for a in self.annotations.get(image["id"], []) if "bbox" in a]
-            found += [(i, n) for n, a in enumerate(boxed)
-                      if any(a.get("keypoints", [])[2::3]) and not a.get("iscrowd", 0)]
+        for i in range(len(self)):
+            for n, a in enumerate(self.objects(i)):
+                visible = a.get("keypoints", [])[2::3]
+                if any(visible) and not a.get("iscrowd", 0):
+                    found.append((i, n))
         return found
 
-    def count(self, task):
-        return len(self.people) if task == "kpt" else len(self)
-
-    def record(self, task, i):
-        """Of kpt the image of person i, and which of its objects that is."""
-        if task != "kpt":
-            return self[i]
+    def person(self, i):
+        """The record that person i is in, and which of its objects that is."""
         image, n = self.people[i]
         return self[image] | {"person": n}
 
     def truth(self, task="det"):
         """The dataset as a dict in COCO's format, without what was left out. Every task has its own
         file."""
-        found = [a for image in self.images for a in self.annotations.get(image["id"], [])]
         annotations = []
-        for n, a in enumerate(found, 1):
-            a = dict(a, id=n)
+        for n, a in enumerate(itertools.chain(*self.annotations), 1):
             if "bbox" in a:                            # pycocotools needs both
-                area = a["bbox"][2] * a["bbox"][3]
-                a.update(iscrowd=a.get("iscrowd", 0), area=a.get("area", area))
-            annotations.append(a)
+                _, _, w, h = a["bbox"]
+                a = {"iscrowd": 0, "area": w * h} | a
+            annotations.append(a | {"id": n})
         truth = {"images": self.images, "annotations": annotations}
-        return truth | {"categories": self.coco_categories}
+        return truth | {"categories": self.categories}
 
 
 def read_json(path):
     """An annotation file -> dict with the lists images, annotations and categories."""
+    if not os.path.exists(path):
+        raise DataError(f"{path}: no such file, expected annotations in COCO's JSON format")
+    content = read_bytes(path)
     try:
-        with open(path) as f:
-            truth = json.load(f)
-    except FileNotFoundError:
-        message = f"{path}: no such file, expected annotations in COCO's JSON format"
-        raise DataError(message) from None
-    except json.JSONDecodeError as e:
+        truth = json.loads(content)
+    except ValueError as e:                            # UnicodeDecodeError, too
         raise DataError(f"{path}: not JSON ({e})") from e
     for key in ("images", "annotations"):
         if not isinstance(truth, dict) or not isinstance(truth.get(key), list):
@@ -1149,18 +1220,17 @@ def polygons_of(annotation):
     parts = annotation.get("segmentation", [])
     if not isinstance(parts, list):
         return []
-    return [np.array(p, np.float32).reshape(-1, 2)[:, ::-1] for p in parts if len(p) >= 6]
+    arrays = [np.array(part, np.float32) for part in parts if len(part) >= 6]
+    return [xy.reshape(-1, 2)[:, ::-1] for xy in arrays]
 
 
 def name(annotation):
     return f"annotation {annotation.get('id', '?')}"
 
 
-def box_fits(bbox, height, width):
-    """Whether x y w h is a box inside its image, up to a pixel."""
-    x, y, w, h = map(float, bbox)
-    inside = x >= -1 and y >= -1 and x + w <= width + 1 and y + h <= height + 1
-    return w > 0 and h > 0 and inside                  # False for NaN, too
+def unknown(annotations, key, known):
+    """What annotations name that is not known, and their names."""
+    return [f"{a.get(key)} ({name(a)})" for a in annotations if a.get(key) not in known]
 
 
 def twice(ids):
@@ -1168,14 +1238,23 @@ def twice(ids):
     return [i for i in ids if i in seen or seen.add(i)]
 
 
+def box_fits(bbox, height, width):
+    """Whether x y w h is a box inside its image, up to a pixel."""
+    x, y, w, h = map(float, bbox)
+    inside_x = x >= -1 and x + w <= width + 1
+    inside_y = y >= -1 and y + h <= height + 1
+    return w > 0 and h > 0 and inside_x and inside_y   # False for NaN, too
+
+
 def missing_files(folder, names):
     """Those of `names` (paths relative to the folder) that it lacks; lists each folder once, not
     each file."""
-    listed = {}
-    for sub in {os.path.dirname(name) for name in names}:
+    present = set()
+    for sub in set(map(os.path.dirname, names)):
         path = os.path.join(folder, sub)
-        listed[sub] = set(os.listdir(path)) if os.path.isdir(path) else set()
-    return [name for name in names if os.path.basename(name) not in listed[os.path.dirname(name)]]
+        if os.path.isdir(path):
+            present |= {(sub, file) for file in os.listdir(path)}
+    return [name for name in names if os.path.split(name) not in present]
 
 
 def assign_labels(ids, max_label, where):
@@ -1185,25 +1264,25 @@ def assign_labels(ids, max_label, where):
         raise DataError(
             f"{where}: {len(ids)} categories, but the vocabulary has room for {max_label} (raise "
             f"coord_shift)")
-    kept = {i: i for i in ids if isinstance(i, int) and 1 <= i <= max_label}
+    kept = {i for i in ids if isinstance(i, int) and 1 <= i <= max_label}
     free = (n for n in range(1, max_label + 1) if n not in kept)
-    return {i: kept[i] if i in kept else next(free) for i in ids}
+    return {i: i if i in kept else next(free) for i in ids}
 
 
 # --------------------------------------------------------------------------------------------------
 # images and clips to generate: files of the user's
 
-class PixelArrays(ClassSource):
+class PixelArrays(Source):
     """Images in memory: pixels (N, H, W, C) uint8, labels (N,). Records as of ShapeClips.
     DataError, naming `where`, if they do not fit."""
 
     def __init__(self, pixels, labels, classes, where="images in memory"):
         if len(pixels) != len(labels):
             raise DataError(f"{where}: {len(pixels)} images, but {len(labels)} labels")
-        if len(labels) and not -1 <= min(labels) <= max(labels) < len(classes):
+        low, high = min(labels, default=0), max(labels, default=0)
+        if low < -1 or high >= len(classes):
             raise DataError(
-                f"{where}: labels from {min(labels)} to {max(labels)}, expected less than "
-                f"{len(classes)}")
+                f"{where}: labels from {low} to {high}, expected less than {len(classes)}")
         self.pixels, self.labels, self.classes = pixels, labels, list(classes)
 
     def __len__(self):
@@ -1222,8 +1301,9 @@ def held_out(count, split, every):
 
 def read_bytes(path):
     """Content of a file, unpacked if it is a .gz. DataError, naming it, if it cannot be read."""
+    opened = gzip.open if str(path).endswith(".gz") else open
     try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as f:
+        with opened(path, "rb") as f:
             return f.read()
     except (OSError, EOFError, zlib.error) as e:
         raise DataError(f"{path}: cannot be read ({e})") from e
@@ -1234,26 +1314,27 @@ def load_mnist(folder, split):
     is there, every tenth image of it is val and the others are train. DataError names the file and
     what was expected."""
     check_split(split)
-    kinds = ("images-idx3-ubyte", "labels-idx1-ubyte")
-    paths = {part: [find_file(folder, f"{part}-{kind}") for kind in kinds]
-             for part in ("train", "t10k")}
-    shared = not any(paths["train"])
-    images, labels = paths["t10k" if shared or split == "val" else "train"]
+    kinds = ("images?idx3-ubyte*", "labels?idx1-ubyte*")         # - or . before idx, maybe .gz
+    train, t10k = ([find_file(folder, f"{part}-{kind}") for kind in kinds]
+                   for part in ("train", "t10k"))
+    shared = not any(train)
+    images, labels = t10k if shared or split == "val" else train
     if not (images and labels):
         raise DataError(f"{folder}: no images or labels for {split}, expected {LAYOUTS['mnist']}")
-    pixels, targets = read_idx(images, 3)[..., None], read_idx(labels, 1)
+    pixels = read_idx(images, 3)[..., None]
+    targets = read_idx(labels, 1)
     source = PixelArrays(pixels, targets, "0123456789", f"{images}, {labels}")
-    if not shared:
-        return source
-    rows = held_out(len(source), split, 10)
-    return PixelArrays(pixels[rows], targets[rows], source.classes)
+    if shared:
+        rows = held_out(len(source), split, 10)
+        source.pixels, source.labels = pixels[rows], targets[rows]
+    return source
 
 
-def find_file(folder, name):
-    """The path of a file of this name (or with .idx for -idx), maybe with .gz, or None."""
-    forms = name, name.replace("-idx", ".idx")
-    paths = (os.path.join(folder, form + ending) for form in forms for ending in ("", ".gz"))
-    return next(filter(os.path.isfile, paths), None)
+def find_file(folder, *patterns):
+    """The path of the first file in a folder that fits a pattern, or None."""
+    for pattern in patterns:
+        for name in sorted(glob.glob(pattern, root_dir=folder)):
+            return os.path.join(folder, name)
 
 
 def read_idx(path, dims):
@@ -1265,10 +1346,10 @@ def read_idx(path, dims):
             f"bytes in {dims} dimensions")
     header = 4 + 4 * dims
     shape = [int.from_bytes(content[at:at + 4], "big") for at in range(4, header, 4)]
-    if len(content) != header + math.prod(shape):
-        raise DataError(
-            f"{path}: {len(content)} bytes, expected {header + math.prod(shape)} for "
-            f"{' x '.join(map(str, shape))}")
+    expected = header + math.prod(shape)
+    if len(content) != expected:
+        sizes = " x ".join(map(str, shape))
+        raise DataError(f"{path}: {len(content)} bytes, expected {expected} for {sizes}")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
@@ -1280,43 +1361,26 @@ def load_cifar10(folder, split):
     """CIFAR-10's binary version -> PixelArrays of (32, 32, 3); in the folder, or in the one of its
     archive in there. DataError names the file and what was expected."""
     check_split(split)
-    numbers = range(1, 6)
-    names = [f"data_batch_{i}.bin" for i in numbers] if split == "train" else ["test_batch.bin"]
-    places = [folder, os.path.join(folder, "cifar-10-batches-bin")]
-    place = next((p for p in places if os.path.exists(os.path.join(p, names[0]))), None)
-    if place is None:
-        raise DataError(f"{folder}: no {names[0]}, expected {LAYOUTS['cifar10']}")
-    rows = []
-    for path in (os.path.join(place, name) for name in names):
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)]
+    rows = []                                          # label, then red, green, blue
+    for name in names if split == "train" else ["test_batch.bin"]:
+        path = find_file(folder, name, f"cifar-10-batches-bin/{name}")
+        if path is None:
+            raise DataError(f"{folder}: no {name}, expected {LAYOUTS['cifar10']}")
         content = np.frombuffer(read_bytes(path), np.uint8)
-        if not len(content) or len(content) % 3073:
+        most = max(content[::3073], default=0)
+        if not len(content) or len(content) % 3073 or most > 9:
             raise DataError(
-                f"{path}: {len(content)} bytes, expected 3073 per image, as in the CIFAR-10 binary "
-                f"version")
+                f"{path}: {len(content)} bytes, labels up to {most}, expected 3073 bytes per image "
+                f"and labels up to 9, as in the CIFAR-10 binary version")
         rows.append(content.reshape(-1, 3073))
-        if rows[-1][:, 0].max() > 9:
-            raise DataError(f"{path}: labels up to {rows[-1][:, 0].max()}, expected less than 10")
-    rows = np.concatenate(rows)                        # label, then red, green, blue
-    pixels = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    return PixelArrays(pixels, rows[:, 0], CIFAR10_CLASSES, place)
+    rows = np.concatenate(rows)
+    planes = rows[:, 1:].reshape(-1, 3, 32, 32)
+    pixels = planes.transpose(0, 2, 3, 1)
+    return PixelArrays(pixels, rows[:, 0], CIFAR10_CLASSES, folder)
 
 
-def listing(folder):
-    """Names of the subfolders and of the image files in a folder, both sorted. Hidden ones are left
-    out."""
-    entries = sorted((e.name, e.is_dir()) for e in os.scandir(folder) if not e.name.startswith("."))
-    folders = [name for name, is_dir in entries if is_dir]
-    files = [name for name, is_dir in entries if not is_dir]
-    return folders, [name for name in files if name.lower().endswith(IMAGE_KINDS)]
-
-
-def fit_image(path, size):
-    """An image file -> uint8 (*size, 3): its centre in the shape of `size`, resized (bicubic,
-    antialiased)."""
-    return np.asarray(ImageOps.fit(load_image(path), (size[1], size[0]), Image.BICUBIC))
-
-
-class ClipFolder(ClassSource):
+class ClipFolder(Source):
     """A folder of images, or of a folder of frames per video; either maybe in a folder per class.
     Records as of ShapeClips: an image (*size, 3), or with `frames` a window of so many frames that
     follow each other, (frames, *size, 3).
@@ -1330,64 +1394,53 @@ class ClipFolder(ClassSource):
 
     def __init__(self, folder, split, size, frames=None):
         check_split(split)
-        self.size, self.frames, videos = tuple(size), frames or 1, frames is not None
+        self.size, self.frames = tuple(size), frames or 1
+        videos = frames is not None
         layout = LAYOUTS["videos" if videos else "images"]
-        own = [s for s in SPLITS if os.path.isdir(os.path.join(folder, s))]
-        root = os.path.join(folder, split) if own else folder
+        divided = any(os.path.isdir(os.path.join(folder, name)) for name in SPLITS)
+        root = os.path.join(folder, split) if divided else folder
         if not os.path.isdir(root):
             raise DataError(f"{root}: no such folder, expected {layout}")
-        groups = self.video_groups(root) if videos else self.image_groups(root, layout)
-        train = os.path.join(folder, "train")
-        names = [group for group, _ in groups if group]
-        self.classes = listing(train)[0] if names and own else names
-        clips = []                                     # (folder, names of its frames, label)
-        for group, items in groups:
-            if group and group not in self.classes:
-                where, known = os.path.join(root, group), ", ".join(self.classes[:5]) or "none"
-                raise DataError(f"{where}: a class that is not in {train}, which has {known}")
-            label = self.classes.index(group) if group else -1
-            every = own or videos
-            kept = range(len(items)) if every else held_out(len(items), split, 20)
-            clips += [(*items[i], label) for i in kept]
-        frames = self.frames
-        long = [clip for clip in clips if len(clip[1]) >= frames]
-        if len(long) < len(clips):
-            short = next(clip[0] for clip in clips if len(clip[1]) < frames)
-            warnings.warn(f"{root}: left out {len(clips) - len(long)} of {len(clips)} videos, "
-                          f"shorter than {frames} frames, such as {short}")
-        if videos and not own:
-            long = [long[i] for i in held_out(len(long), split, 20)]
-        if not long:
-            kind = f"video of {frames} frames or more" if videos else "image"
-            raise DataError(f"{root}: no {kind} for {split}, expected {layout}")
-        self.clips = long
-        self.ends = np.cumsum([len(names) - frames + 1 for _, names, _ in long])   # of windows
-
-    def image_groups(self, root, layout):
-        """[(class or "", [(folder, [name of an image])])]"""
         folders, files = listing(root)
-        if folders and files:
+        if folders and files and not videos:
             raise DataError(
                 f"{root}: images such as {files[0]} beside folders such as {folders[0]}, expected "
                 f"{layout}")
-        groups = []
-        for group in folders or [""]:
-            folder = os.path.join(root, group)
-            groups.append((group, [(folder, [name]) for name in listing(folder)[1]]))
-        return groups
 
-    def video_groups(self, root):
-        """[(class or "", [(folder of a video, names of its frames in order)])]"""
-        folders = listing(root)[0]
-        inner = {name: listing(os.path.join(root, name)) for name in folders}
-        by_class = any(sub for sub, _ in inner.values()) and not any(im for _, im in inner.values())
-        videos = {name: inner[name][0] for name in folders} if by_class else {"": folders}
-        groups = []
-        for group, names in videos.items():
-            paths = [os.path.join(root, group, name) for name in names]
-            frames = [sorted(listing(path)[1], key=lambda f: (len(f), f)) for path in paths]
-            groups.append((group, list(zip(paths, frames))))
-        return groups
+        def share(items):
+            if divided:
+                return items
+            return [items[i] for i in held_out(len(items), split, 20)]
+
+        depth = int(videos)                            # of the folders of images, without classes
+        by_class = not any(names for _, names in image_folders(root, depth))
+        train = os.path.join(folder, "train")
+        self.classes = listing(train if divided else root)[0] if by_class else []
+        clips, label = [], -1                          # (folder, names of frames, label)
+        for path, names in image_folders(root, depth + by_class):
+            if by_class:
+                name = os.path.relpath(path, root).split(os.sep)[0]
+                if name not in self.classes:
+                    known = ", ".join(self.classes[:5]) or "none"
+                    raise DataError(
+                        f"{root}/{name}: a class that is not in {train}, which has {known}")
+                label = self.classes.index(name)
+            if videos:
+                clips.append((path, sorted(names, key=len), label))
+            else:
+                clips += [(path, [name], label) for name in share(names)]
+        if videos:
+            short = [path for path, names, _ in clips if len(names) < self.frames]
+            if short:
+                warnings.warn(f"{root}: left out {len(short)} of {len(clips)} videos, shorter than "
+                              f"{self.frames} frames, such as {short[0]}")
+            clips = share([clip for clip in clips if len(clip[1]) >= self.frames])
+        self.clips = clips
+        if not self.clips:
+            kind = f"video of {self.frames} frames or more" if videos else "image"
+            raise DataError(f"{root}: no {kind} for {split}, expected {layout}")
+        windows = [len(names) - self.frames + 1 for _, names, _ in self.clips]
+        self.ends = np.cumsum(windows)
 
     def __len__(self):
         return int(self.ends[-1])
@@ -1397,8 +1450,40 @@ class ClipFolder(ClassSource):
         folder, names, label = self.clips[n]
         last = len(names) + i - self.ends[n] + 1
         window = names[last - self.frames:last]
-        pixels = np.stack([fit_image(os.path.join(folder, name), self.size) for name in window])
-        return {"pixels": pixels if self.frames > 1 else pixels[0], "label": label}
+        paths = [os.path.join(folder, name) for name in window]
+        frames = [fit_image(path, self.size) for path in paths]
+        pixels = np.stack(frames) if self.frames > 1 else frames[0]
+        return {"pixels": pixels, "label": label}
+
+
+def image_folders(root, depth):
+    """The folders `depth` levels below one: [(path, names of its images)], in order."""
+    folders, files = listing(root)
+    if not depth:
+        return [(root, files)]
+    paths = [os.path.join(root, name) for name in folders]
+    return [found for path in paths for found in image_folders(path, depth - 1)]
+
+
+def listing(folder):
+    """Names of the subfolders and of the image files in a folder, both sorted. Hidden ones are left
+    out."""
+    folders, files = [], []
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            folders.append(entry.name)
+        elif entry.name.lower().endswith(IMAGE_KINDS):
+            files.append(entry.name)
+    return sorted(folders), sorted(files)
+
+
+def fit_image(path, size):
+    """An image file -> uint8 (*size, 3): its centre in the shape of `size`, resized (bicubic,
+    antialiased)."""
+    image = ImageOps.fit(load_image(path), size[::-1], Image.BICUBIC)
+    return np.asarray(image)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1407,9 +1492,11 @@ class ClipFolder(ClassSource):
 def tile(pictures, columns=4, gap=4):
     """PIL pictures -> one, in rows of `columns`, each cell as large as the largest."""
     columns = min(columns, len(pictures))
-    w, h = (max(picture.size[i] for picture in pictures) + gap for i in (0, 1))
     rows = -(-len(pictures) // columns)
-    sheet = Image.new(pictures[0].mode, (columns * w - gap, rows * h - gap), "white")
+    w = max(picture.width for picture in pictures) + gap
+    h = max(picture.height for picture in pictures) + gap
+    size = columns * w - gap, rows * h - gap
+    sheet = Image.new(pictures[0].mode, size, "white")
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (i % columns * w, i // columns * h))
     return sheet
@@ -1419,18 +1506,31 @@ def save_grid(pixels, stem, columns=8, side=64, gap=2, ms=150):
     """Images (N, H, W, C) uint8 -> STEM.png, a grid with rows of `columns`, small images enlarged
     to some `side` pixels; clips (N, T, H, W, C) -> STEM.gif, a grid that moves, `ms` per frame.
     Returns the file's name."""
+    moving = pixels.ndim == 5
     zoom = max(1, round(side / pixels.shape[-2]))
-    large = pixels.repeat(zoom, -3).repeat(zoom, -2)
-    clips = large if pixels.ndim == 5 else large[:, None]                      # (N, T, H, W, C)
-    clips = clips[..., 0] if clips.shape[-1] == 1 else clips
-    frames = [tile(list(map(Image.fromarray, clips[:, t])), columns, gap)
-              for t in range(clips.shape[1])]
-    if pixels.ndim == 4:
-        frames[0].save(f"{stem}.png")
-        return f"{stem}.png"
-    film = dict(save_all=True, append_images=frames[1:], duration=ms, loop=0)
-    frames[0].save(f"{stem}.gif", **film)
-    return f"{stem}.gif"
+    pixels = pixels.repeat(zoom, -3).repeat(zoom, -2)
+    clips = pixels if moving else pixels[:, None]      # (N, T, H, W, C)
+    if clips.shape[-1] == 1:
+        clips = clips[..., 0]
+    frames = []
+    for images in clips.swapaxes(0, 1):
+        pictures = list(map(Image.fromarray, images))
+        frames.append(tile(pictures, columns, gap))
+    path, options = f"{stem}.png", {}
+    if moving:
+        path = f"{stem}.gif"
+        options = {
+            "save_all": True,
+            "append_images": frames[1:],
+            "duration": ms,
+            "loop": 0}
+    frames[0].save(path, **options)
+    return path
+
+
+def show_items(source, key, count, columns, path):
+    pixels = np.stack([source[i][key] for i in range(count)])
+    print("wrote", save_grid(pixels, os.path.splitext(path)[0], columns))
 
 
 def main():
@@ -1452,12 +1552,10 @@ def main():
         print(f"wrote {args.export}; next: python train.py --data=coco --data_dir={args.export}")
     if args.sheet:
         scenes = Shapes("val", args.size, seed=args.seed)
-        pixels = np.stack([np.asarray(scenes[i]["image"]) for i in range(32)])
-        print("wrote", save_grid(pixels, os.path.splitext(args.sheet)[0]))
+        show_items(scenes, "image", 32, 8, args.sheet)
     if args.clips:
         clips = ShapeClips("val", args.size, 16, args.seed)
-        pixels = np.stack([clips[i]["pixels"] for i in range(16)])
-        print("wrote", save_grid(pixels, os.path.splitext(args.clips)[0], columns=4))
+        show_items(clips, "pixels", 16, 4, args.clips)
     if not (args.export or args.sheet or args.clips):
         parser.print_help()
 

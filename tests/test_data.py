@@ -1,4 +1,5 @@
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -66,24 +67,39 @@ def test_a_scene_is_a_function_of_seed_split_and_number():
         assert not np.array_equal(a["image"], other["image"])
 
 
-def test_boxes_of_shapes_hold_their_pixels():
+def box_iou(a, b):
+    """Intersection over union of two yxyx boxes."""
+    both = np.prod((np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])).clip(0))
+    return both / (np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - both)
+
+
+def test_boxes_of_shapes_hold_their_pixels_and_hardly_overlap():
     source, found = Shapes("val"), set()
     for i in range(60):
         record = source[i]
-        assert (
-            1 <= len(record["labels"]) <= 4
-            and (record["boxes"] >= 0).all()
-            and (record["boxes"] <= 64).all()
-        )
-        found |= set(record["labels"].tolist())
-        for box, parts in zip(record["boxes"], record["polygons"]):
+        boxes, labels = record["boxes"], record["labels"].tolist()
+        assert 1 <= len(labels) <= 4 and boxes.min() >= 0 and boxes.max() <= 64
+        found |= set(labels)
+        for box, parts in zip(boxes, record["polygons"]):
             points = np.concatenate(parts)
             assert np.allclose([*points.min(0), *points.max(0)], box)
-        for a in range(len(record["boxes"])):
-            assert all(
-                data.box_iou(record["boxes"][a], record["boxes"][b]) < 0.25 for b in range(a)
-            )
+        for a, b in itertools.combinations(boxes, 2):
+            assert box_iou(a, b) < 0.25, (i, a, b)
     assert found == {1, 2, 3, 4}
+
+
+def test_tasks_that_learn_from_the_same_scenes_have_them_drawn_once():
+    assert Shapes("train", 32)[5] is Shapes("train", 32)[5]
+    assert Shapes("train", 32)[5] is not Shapes("train", 48)[5]
+
+
+def test_every_training_example_of_keypoints_has_a_figure():
+    source = Shapes("train")
+    for i in range(20):
+        record = source.record("kpt", i)
+        assert record["labels"][record["person"]] == 4
+        assert record["keypoints"][record["person"], :, 2].all()
+    assert source.count("kpt") == source.count("det") == len(source)
 
 
 def test_keypoints_of_a_figure_lie_on_the_figure():
@@ -91,53 +107,30 @@ def test_keypoints_of_a_figure_lie_on_the_figure():
 
     for i in range(40):
         record = Shapes("val", size=256)[i]
-        for label, parts, keypoints in zip(
-            record["labels"], record["polygons"], record["keypoints"]
-        ):
+        objects = zip(record["labels"], record["polygons"], record["keypoints"])
+        for label, polygons, keypoints in objects:
             if label != 4:
                 assert (keypoints == 0).all()
                 continue
-            inside = mask.decode(
-                [
-                    mask.merge(
-                        mask.frPyObjects([p[:, ::-1].ravel().tolist() for p in parts], 256, 256)
-                    )
-                ]
-            )[..., 0]
-            near = np.array(
-                [
-                    inside[max(int(y) - 4, 0) : int(y) + 5, max(int(x) - 4, 0) : int(x) + 5].any()
-                    for y, x, _ in keypoints
-                ]
-            )
-            assert near.all(), (i, keypoints)
+            flat = [polygon[:, ::-1].ravel().tolist() for polygon in polygons]
+            inside = mask.decode(mask.merge(mask.frPyObjects(flat, 256, 256)))
+            for y, x in keypoints[:, :2].astype(int):
+                near = inside[max(y - 4, 0):y + 5, max(x - 4, 0):x + 5]
+                assert near.any(), (i, keypoints)
 
 
 @pytest.mark.parametrize("image_format", ["png", "jpg"])
 def test_exported_shapes_load_back_to_the_same_examples(tmp_path, image_format):
-    subprocess.run(
-        [
-            sys.executable,
-            data.__file__,
-            "--export",
-            str(tmp_path),
-            "--count",
-            "6",
-            "--format",
-            image_format,
-        ],
-        check=True,
-        capture_output=True,
-    )
+    options = ["--export", str(tmp_path), "--count", "6", "--format", image_format]
+    subprocess.run([sys.executable, data.__file__, *options], check=True, capture_output=True)
     for split in ("train", "val"):
         drawn = Shapes(split, count=6)
         read = Coco(f"{tmp_path}/annotations/instances_{split}2017.json", f"{tmp_path}/{split}2017")
         assert len(read) == 6
         for i in range(6):
             a, b = drawn[i], read[i]
-            assert np.array_equal(a["labels"], b["labels"]) and np.allclose(
-                a["boxes"], b["boxes"], atol=0.011
-            )
+            assert np.array_equal(a["labels"], b["labels"])
+            assert np.allclose(a["boxes"], b["boxes"], atol=0.011)
             difference = np.abs(np.asarray(a["image"], int) - np.asarray(b["image"], int))
             assert difference.max() == 0 if image_format == "png" else difference.mean() < 6
 
@@ -148,11 +141,33 @@ def test_exported_shapes_load_back_to_the_same_examples(tmp_path, image_format):
 def test_a_good_dataset_is_read(tmp_path):
     source = Coco(*write_coco(tmp_path))
     record = source[0]
-    assert (
-        record["image"].size == (30, 20)
-        and record["labels"].tolist() == [7]
-        and record["boxes"].tolist() == [[2, 1, 8, 6]]
-    )
+    assert record["image"].size == (30, 20)
+    assert record["labels"].tolist() == [7]
+    assert record["boxes"].tolist() == [[2, 1, 8, 6]]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_annotations_are_read_in_any_unicode_encoding(tmp_path, encoding):
+    path, images = write_coco(tmp_path, lambda t: t["categories"][0].update(name="Käfer"))
+    text = json.dumps(json.loads((tmp_path / "truth.json").read_text()), ensure_ascii=False)
+    (tmp_path / "truth.json").write_bytes(text.encode(encoding))
+    assert Coco(path, images).classes == ["Käfer"]
+
+
+def test_an_example_of_keypoints_is_about_one_person_who_is_no_crowd(tmp_path):
+    def edit(truth):
+        seen, unseen = [3, 4, 2, 5, 6, 1], [0] * 6
+        for annotation, keypoints in zip(truth["annotations"], (seen, unseen, seen)):
+            annotation["keypoints"] = keypoints
+        crowd = dict(truth["annotations"][0], id=8, iscrowd=1)
+        second = dict(truth["annotations"][0], id=9)
+        truth["annotations"] += [crowd, second]
+
+    source = Coco(*write_coco(tmp_path, edit))
+    assert source.count("det") == 3 and source.count("kpt") == 3
+    people = [source.record("kpt", i) for i in range(3)]
+    assert [(p["image_id"], p["person"]) for p in people] == [(1, 0), (1, 2), (3, 0)]
+    assert people[0]["keypoints"][0].tolist() == [[4, 3, 2], [6, 5, 1]]
 
 
 @pytest.mark.parametrize(
@@ -211,9 +226,12 @@ def test_missing_files_are_named(tmp_path):
         Coco(str(tmp_path / "nothing.json"), images)
     with pytest.raises(DataError, match="nowhere: no such folder"):
         Coco(path, str(tmp_path / "nowhere"))
-    (tmp_path / "truth.json").write_text("{half")
-    with pytest.raises(DataError, match="truth.json: not JSON"):
-        Coco(path, images)
+    for content in (b"{half", b"", b'{"images": "\xe4"}'):
+        (tmp_path / "truth.json").write_bytes(content)
+        with pytest.raises(DataError, match="truth.json: not JSON"):
+            Coco(path, images)
+    with pytest.raises(DataError, match="images: cannot be read"):
+        Coco(images, images)
 
 
 def test_bad_boxes_can_be_left_out(tmp_path):
@@ -226,12 +244,7 @@ def test_bad_boxes_can_be_left_out(tmp_path):
 def test_category_ids_stay_if_they_can_and_are_mapped_back():
     assert data.assign_labels([1, 90, 899], 899, "x") == {1: 1, 90: 90, 899: 899}
     labels = data.assign_labels([0, 7, 9001, 2], 899, "x")
-    assert (
-        labels[7] == 7
-        and labels[2] == 2
-        and len(set(labels.values())) == 4
-        and all(1 <= v <= 899 for v in labels.values())
-    )
+    assert labels == {0: 1, 7: 7, 9001: 3, 2: 2}
     with pytest.raises(DataError, match="3 categories.*room for 2"):
         data.assign_labels([1, 2, 3], 2, "x")
 
@@ -278,9 +291,8 @@ def test_a_photo_whose_labels_are_for_its_stored_form_is_not_turned(tmp_path):
 def test_an_unreadable_image_is_skipped_named_and_counted(tmp_path, content):
     paths = write_coco(tmp_path)
     good = (tmp_path / "images" / "1.png").read_bytes()
-    (tmp_path / "images" / "1.png").write_bytes(
-        good[: len(good) // 2] if content is None else content
-    )
+    half = good[:len(good) // 2]
+    (tmp_path / "images" / "1.png").write_bytes(half if content is None else content)
     source = Coco(*paths)
     c = options(32, max_objects=5)
     stream = TrainStream(source, "det", c, seed=0)
@@ -315,16 +327,15 @@ def test_training_view_moves_boxes_with_their_pixels(rng):
         h, w = rng.integers(20, 90, 2)
         pixels = np.zeros((h, w, 3), np.uint8)
         y, x = rng.integers(2, h - 8), rng.integers(2, w - 8)
-        pixels[y : y + 6, x : x + 6] = 255
-        view = data.train_view((0, 0, h, w), (64, 48), rng, (0.5, 2.0), True)
+        pixels[y:y + 6, x:x + 6] = 255
+        view = data.train_view((0, 0, h, w), (64, 48), rng, 0.5, 2.0, True)
         box = data.view_boxes(view, np.array([[y, x, y + 6, x + 6]], float))
         canvas = view.image(Image.fromarray(pixels))
         y0, x0, y1, x1 = view.to_canvas(box.reshape(2, 2)).ravel() * (64, 48, 64, 48)
         lit = np.argwhere(canvas[..., 0] > 127)
         if len(lit):
-            assert (
-                np.abs(np.array([*lit.min(0), *lit.max(0) + 1]) - (y0, x0, y1, x1)).max() < 1.6
-            ), (i, view)
+            seen = np.array([*lit.min(0), *lit.max(0) + 1])
+            assert np.abs(seen - (y0, x0, y1, x1)).max() < 1.6, (i, view)
         elif min(y1 - y0, x1 - x0) > 2:
             pytest.fail(f"box {y0, x0, y1, x1} has no pixels in {view}")
 
@@ -334,28 +345,20 @@ def test_noise_boxes_are_boxes_in_the_image(rng):
         boxes = np.sort(rng.random((n, 2, 2)), 1).reshape(n, 4)
         for count in (1, 17, 100):
             noise = data.noise_boxes(boxes, count, rng)
-            assert (
-                noise.shape == (count, 4)
-                and (noise >= 0).all()
-                and (noise <= 1).all()
-                and (noise[:, 2:] >= noise[:, :2]).all()
-            )
+            assert noise.shape == (count, 4) and noise.min() >= 0 and noise.max() <= 1
+            assert (noise[:, 2:] >= noise[:, :2]).all()
 
 
 def test_training_example_keeps_objects_and_fills_up_with_noise(rng):
     record = Shapes("train")[0]
-    example = data.det_example(
-        record, options(max_objects=10, scale_min=1, scale_max=1, flip=False), rng
-    )
+    c = options(max_objects=10, scale_min=1, scale_max=1, flip=False)
+    example = data.det_example(record, c, rng)
     real = example["labels"] > 0
-    assert (
-        sorted(example["labels"][real]) == sorted(record["labels"])
-        and (example["labels"][~real] == FAKE_LABEL).all()
-    )
+    assert sorted(example["labels"][real]) == sorted(record["labels"])
+    assert (example["labels"][~real] == FAKE_LABEL).all()
     by_corner = lambda boxes: boxes[np.lexsort(boxes.T)]
-    assert np.allclose(
-        by_corner(example["boxes"][real] * 64), by_corner(record["boxes"]), atol=1e-4
-    )
+    boxes = by_corner(example["boxes"][real] * 64)
+    assert np.allclose(boxes, by_corner(record["boxes"]), atol=1e-4)
 
 
 def test_crowds_are_not_trained_on_and_too_many_objects_are_cut(tmp_path, rng):
@@ -366,10 +369,9 @@ def test_crowds_are_not_trained_on_and_too_many_objects_are_cut(tmp_path, rng):
         ]
 
     record = Coco(*write_coco(tmp_path, edit))[0]
-    labels = lambda n: data.det_example(
-        record, options(max_objects=n, scale_min=1, scale_max=1, noise_boxes=False), rng
-    )["labels"]
-    assert (labels(20) == 7).sum() == 9 and (labels(4) == 7).sum() == 4
+    for most, expected in ((20, 9), (4, 4)):
+        c = options(max_objects=most, scale_min=1, scale_max=1, noise_boxes=False)
+        assert (data.det_example(record, c, rng)["labels"] == 7).sum() == expected
 
 
 def test_a_one_pixel_box_and_an_image_without_objects_survive(tmp_path, rng):
@@ -386,9 +388,8 @@ def test_padding_is_grey_and_exact():
     pixels = torch.full((2, 4, 6, 3), 255, dtype=torch.uint8)
     images = data.to_images(pixels, torch.tensor([[4, 6], [2, 3]]))
     assert (images[0] == 1).all() and (images[1, :, :2, :3] == 1).all()
-    assert (images[1, :, 2:] == data.PAD_VALUE).all() and (
-        images[1, :, :, 3:] == data.PAD_VALUE
-    ).all()
+    assert (images[1, :, 2:] == data.PAD_VALUE).all()
+    assert (images[1, :, :, 3:] == data.PAD_VALUE).all()
 
 
 # streams
@@ -436,9 +437,8 @@ def test_processes_and_parts_share_each_batch_out(world, parts):
         shared = [
             tuple(row.tolist())
             for share in shares
-            for part in share[step * parts : (step + 1) * parts]
-            for row in part.inputs
-        ]
+            for part in share[step * parts:(step + 1) * parts]
+            for row in part.inputs]
         assert len(shared) == 8 and set(shared) == rows
 
 
@@ -463,18 +463,21 @@ def test_a_batch_becomes_floats_with_grey_padding_on_the_device():
     assert torch.equal(moved.targets, batch.targets) and moved.images.dtype == torch.float32
 
 
+# captions
+
+
 def test_a_sentence_names_the_directions_in_which_two_shapes_are_apart():
     def shape(kind, y, x):
         return data.Shape(kind, "red", y, x, 0.1, np.zeros((4, 2)))
 
     a, right = shape("circle", 0.2, 0.2), shape("square", 0.3, 0.8)
     corner = shape("square", 0.7, 0.8)
-    assert data.describe([a]) == ["a red circle"]
-    assert data.describe([a, right]) == [
+    assert data.captions_of([a]) == ["a red circle"]
+    assert data.captions_of([a, right]) == [
         "a red circle left of a red square",
         "a red square right of a red circle",
     ]
-    assert data.describe([a, corner]) == [
+    assert data.captions_of([a, corner]) == [
         "a red circle above a red square",
         "a red circle left of a red square",
         "a red square below a red circle",
