@@ -1353,8 +1353,7 @@ def read_idx(path, dims):
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
-CIFAR10_CLASSES = (
-    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 
 def load_cifar10(folder, split):

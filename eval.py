@@ -21,10 +21,12 @@ import re
 import shutil
 import sys
 import time
+import warnings
 import zipfile
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import compress, zip_longest
 
 import numpy as np
 import torch
@@ -89,26 +91,20 @@ def predict_items(
     quiet = not device.first or not sys.stderr.isatty()
     mine = []
     for start, batch in zip(starts, tqdm(loader, "evaluate", disable=quiet, leave=False)):
-        keys, records, skipped = [], [], []
-        for n, item in enumerate(batch, start):
-            if isinstance(item, str):                  # the message about one that cannot be read
-                skipped.append(item)
-            else:
-                keys.append(item.get("image_id", n))
-                records.append(item)
-        objects = None
-        if {"seg", "kpt"} & set(tasks) and boxes == "truth":
-            objects = [sample.true_objects(record, source.categories) for record in records]
-        elif {"seg", "kpt"} & set(tasks) and boxes != "own":
-            objects = [boxes.get(key, []) for key in keys]
+        # Of an item that cannot be read there is only a message.
+        skipped = [item for item in batch if isinstance(item, str)]
+        records = {
+            item.get("image_id", n): item
+            for n, item in enumerate(batch, start) if not isinstance(item, str)}
+        objects = prompt_objects(records, boxes, source) if {"seg", "kpt"} & set(tasks) else None
         generator = device.generator(seed * 1_000_003 + start)
-        inputs = Inputs(records, c, objects, generator, LEVELS)
+        inputs = Inputs(list(records.values()), c, objects, generator, LEVELS)
         with device.autocast():
             said = predict(model, inputs, c, tasks, table) if records else []
-        mine.append((dict(zip(keys, said)), skipped))
-    shares, found, left_out = device.gather(mine), {}, []
-    for n in range(len(shares[0])):                    # back in the order of the batches
-        for said, skipped in (share[n] for share in shares if n < len(share)):
+        mine.append((dict(zip(records, said)), skipped))
+    found, left_out = {}, []
+    for row in zip_longest(*device.gather(mine), fillvalue=({}, ())):      # in order again
+        for said, skipped in row:
             found |= said
             left_out += skipped
     for message in left_out if device.first else ():
@@ -119,31 +115,38 @@ def predict_items(
     return found
 
 
+def prompt_objects(records, boxes, source):
+    """What seg and kpt are asked about in each of {image_id: record}; None: own detections."""
+    if boxes == "own":
+        return None
+    if boxes == "truth":
+        return [sample.true_objects(record, source.categories) for record in records.values()]
+    return [boxes.get(image_id, []) for image_id in records]
+
+
 def every_item(source, c):
     return range(len(source))
 
 
 def random_items(source, c):
     """As many items as samples are asked for: files are often sorted by class, so shuffled."""
-    orders = -(-c.sampling.eval_samples // len(source))
-    rng = np.random.default_rng(0)
-    order = np.arange(c.sampling.eval_samples)
-    if not source.endless:
-        order = np.concatenate([rng.permutation(len(source)) for _ in range(orders)])
-    return order[:c.sampling.eval_samples].tolist()
+    count, length, rng = c.sampling.eval_samples, len(source), np.random.default_rng(0)
+    if source.endless:
+        return range(count)
+    orders = [rng.permutation(length) for _ in range(count // length + 1)]
+    return np.concatenate(orders)[:count].tolist()
 
 
-ITEMS = dict.fromkeys(("det", "seg", "kpt", "cap"), every_item) | {"gen": random_items}
+ITEMS = dict.fromkeys(PREDICT, every_item) | {"gen": random_items}
 
 
 # --------------------------------------------------------------------------------------------------
 # SCORE[task](predictions, truth, c, device) -> {name: number}
 
 BOX_METRICS = (
-    "AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",
-    "AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large")
-KEYPOINT_METRICS = (
-    "AP", "AP50", "AP75", "AP_medium", "AP_large", "AR", "AR50", "AR75", "AR_medium", "AR_large")
+    "AP AP50 AP75 AP_small AP_medium AP_large "
+    "AR_1 AR_10 AR_100 AR_small AR_medium AR_large").split()
+KEYPOINT_METRICS = "AP AP50 AP75 AP_medium AP_large AR AR50 AR75 AR_medium AR_large".split()
 # of each task: pycocotools' name, its metrics, and where an object has its result and its score
 COCO_TASKS = {
     "det": ("bbox", BOX_METRICS, "bbox", "score"),
@@ -187,7 +190,7 @@ def score_captions(predictions, truth, c, device=None):
 def score_samples(predictions, truth, c, device=None):
     """How real samples are, and how right.
 
-    minus_loss, loss, loss_at   mean over LEVELS, on the held-out items; at each of them
+    minus_loss, loss, loss_at_T   mean over LEVELS, on the held-out items; at each of them
     class_accuracy   fraction of samples that the proxy classifier takes for their label
     proxy_accuracy   fraction of held-out items that it takes for theirs: how far to trust it
     frechet          distance of samples to training data, in its features
@@ -200,9 +203,8 @@ def score_samples(predictions, truth, c, device=None):
     pixels, labels, losses = (
         np.stack([p[key] for p in predictions.values()]) for key in ("pixels", "label", "losses"))
     first = c.model.cond_frames                        # where a clip's predicted frames begin
-    loss_at = dict(zip(map(str, LEVELS), losses.mean(0).tolist()))
     loss = float(losses.mean())
-    metrics = {"minus_loss": -loss}
+    metrics = {"minus_loss": -loss, "loss": loss}
     train = data.make_source(c, "train", "gen")
     if c.sampling.proxy_classifier and train.classes:
         metrics |= proxy_scores(pixels[:, first:], labels, truth, train, c, device)
@@ -214,7 +216,9 @@ def score_samples(predictions, truth, c, device=None):
         future = np.stack([truth[items[n]]["pixels"][first:] for n in predictions]) / 255
         metrics["frame_error"] = float(np.square(guess - future).mean())
         metrics["copy_error"] = float(np.square(past - future).mean())
-    return metrics | {"loss": loss, "loss_at": loss_at, "samples": len(pixels)}
+    for level, mean in zip(LEVELS, losses.mean(0).tolist()):
+        metrics[f"loss_at_{level}"] = mean
+    return metrics | {"samples": len(pixels)}
 
 
 SCORE = {
@@ -229,35 +233,35 @@ SCORE = {
 # --------------------------------------------------------------------------------------------------
 # TRUTH[task](model, inputs, c): what a model would say that predicts every token of the truth
 
-def true_tokens(inputs, c):
-    """Of each record: record, view, and its objects without crowds as boxes (1, N, 4), fractions
-    of the canvas, labels (1, N) and their numbers."""
+def truths(inputs, c):
+    """Of each record: itself, its view, its objects without crowds, their boxes (1, N, 4) as
+    fractions of the canvas, and labels (1, N)."""
     for record, view in zip(inputs.records, inputs.views):
-        real = np.flatnonzero(~record["iscrowd"])
-        boxes = data.view_boxes(view, record["boxes"][real])
-        padded = data.pad_objects(view, boxes, record["labels"][real], len(real))
-        boxes, labels = (torch.from_numpy(padded[key])[None] for key in ("boxes", "labels"))
-        yield record, view, boxes, labels, real
+        objects = sample.true_objects(record, c.categories)
+        yield record, view, objects, *sample.prompt_boxes([view], [objects], c)
 
 
 def true_detection(model, inputs, c):
-    said = []
-    most, size = c.data.max_objects, c.vocab.text_shift
-    for _, view, boxes, labels, _ in true_tokens(inputs, c):
+    said, most, size = [], c.data.max_objects, c.vocab.text_shift
+    for _, view, _, boxes, labels in truths(inputs, c):
         tokens = tokenizer.encode_detection(boxes[:, :most], labels[:, :most], c.vocab).targets
         certain = torch.full((*tokens.shape, size), -math.inf).scatter(-1, tokens[..., None], 0.0)
         said += sample.read_objects([view], tokens, certain[..., c.vocab.classes], c)
     return [{"objects": objects} for objects in said]
 
 
+def through_tokens(points, labels, c):
+    """Points (N, P), labels (N,) -> the points that their tokens say."""
+    tokens = tokenizer.encode_points(torch.from_numpy(points), labels, c.vocab)
+    return tokenizer.decode_points(tokens, c.vocab)
+
+
 def true_masks(model, inputs, c):
     said = []
-    for record, view, _, labels, real in true_tokens(inputs, c):
-        objects = sample.true_objects(record, c.categories)
-        polygons = [record["polygons"][i] for i in real]
-        points = data.polygon_points(view, polygons, len(real), c.data.max_points)
-        tokens = tokenizer.encode_points(torch.from_numpy(points)[None], labels, c.vocab)
-        for obj, row in zip(objects, tokenizer.decode_points(tokens, c.vocab)[0]):
+    for record, view, objects, _, labels in truths(inputs, c):
+        polygons = list(compress(record["polygons"], ~record["iscrowd"]))
+        points = data.polygon_points(view, polygons, len(objects), c.data.max_points)
+        for obj, row in zip(objects, through_tokens(points, labels[0], c)):
             sample.add_mask(obj, view, row[None], record["image"].size)
         said.append({"objects": objects})
     return said
@@ -265,16 +269,14 @@ def true_masks(model, inputs, c):
 
 def true_keypoints(model, inputs, c):
     said = []
-    for record, _, _, labels, real in true_tokens(inputs, c):
-        objects = sample.true_objects(record, c.categories)
-        for n, (obj, i) in enumerate(zip(objects, real)):
-            if not record["keypoints"][i, :, 2].any():
-                continue                               # the truth does not know this one's
-            crop = sample.keypoint_view(record["image"], obj["bbox"], c)
-            points = torch.from_numpy(data.keypoint_points(crop, record["keypoints"][i]))[None]
-            tokens = tokenizer.encode_points(points, labels[0, n:n + 1], c.vocab)
-            points = tokenizer.decode_points(tokens, c.vocab)[0].numpy()
-            sample.add_keypoints(obj, crop, points, 1.0)
+    for record, _, objects, _, labels in truths(inputs, c):
+        for obj, label, keypoints in zip(
+                objects, labels[0], record["keypoints"][~record["iscrowd"]]):
+            if keypoints[:, 2].any():                  # else the truth does not know this one's
+                crop = sample.keypoint_view(record["image"], obj["bbox"], c)
+                points = data.keypoint_points(crop, keypoints)
+                points = through_tokens(points[None], label[None], c)[0].numpy()
+                sample.add_keypoints(obj, crop, points, 1.0)
         said.append({"objects": objects})
     return said
 
@@ -526,12 +528,12 @@ def real_pixels(source, c, count):
     """Pixels of at most `count` items, of clips the frames after the context frames, and their
     labels (N,); in a fixed random order, as files are often sorted. No image is mirrored."""
     still = replace(c, data=replace(c.data, flip=False))
-    count = min(count, len(source))
-    batches = [list(range(i, min(i + 64, count))) for i in range(0, count, 64)]
-    stream, collate = data.TrainStream(source, "gen", still, seed=0), data.collate("gen", still)
-    loader = data.make_loader(stream, batches, collate, workers=0)
-    pixels, labels = zip(*((b.targets.movedim(1, -1), b.cond["labels"]) for b in loader))
-    return torch.cat(pixels).numpy(), torch.cat(labels).numpy()
+    stream = data.TrainStream(source, "gen", still, seed=0)
+    examples = [stream[i] for i in range(min(count, len(source)))]
+    batch = data.collate("gen", still)(examples)
+    for message in batch.skipped:
+        warnings.warn(f"another image stands in the evaluation for {message}")
+    return batch.targets.movedim(1, -1).numpy(), batch.cond["labels"].numpy()
 
 
 class ProxyClassifier(nn.Module):
@@ -627,20 +629,17 @@ class Inception:
     @torch.no_grad()
     def features(self, pixels):
         """Pixels -> (N, D) features, and (N, K) probabilities or None, float32."""
-        features, probabilities = [], []
+        outputs = []
         for images in image_batches(as_frames(pixels), self.device, 64):
             images = images.expand(-1, 3, -1, -1).contiguous()     # grey is three equal colours
             if self.keywords:
-                out = [self.network(images, return_features=True)]
-                out.append(self.network(images, no_output_bias=True))
+                features = self.network(images, return_features=True)
+                output = features, self.network(images, no_output_bias=True)
             else:
-                out = self.network(images)
-                out = out if isinstance(out, tuple) else (out, None)
-            features.append(out[0].float().flatten(1).cpu().numpy())
-            probabilities.append(None if out[1] is None else out[1].float().cpu().numpy())
-        if probabilities[0] is None:
-            return np.concatenate(features), None
-        return np.concatenate(features), np.concatenate(probabilities)
+                output = self.network(images)
+            outputs.append(output if isinstance(output, tuple) else (output,))
+        features, *rest = (torch.cat(parts).float().cpu().numpy() for parts in zip(*outputs))
+        return features.reshape(len(features), -1), rest[0] if rest else None
 
 
 def inception_scores(pixels, train, c, device):
@@ -722,24 +721,26 @@ def run(path, options, args, device):
     tasks, start = sample.pick_tasks(options.task, c), time.time()
     if options.truth and not set(tasks) <= set(TRUTH):
         raise ValueError(f"--truth: only for {', '.join(TRUTH)}, this model generates")
-    o = options
+    boxes = read_boxes(options.boxes or ("own" if "det" in c.data.tasks else "truth"))
     metrics, predictions = evaluate(
-        model, c, o.split, device, tasks, o.limit,
-        read_boxes(o.boxes or ("own" if "det" in c.data.tasks else "truth")), o.truth,
-        batch_size=o.batch_size, workers=o.workers, seed=o.seed)
+        model, c, options.split, device, tasks, options.limit, boxes, options.truth,
+        batch_size=options.batch_size, workers=options.workers, seed=options.seed)
     if not device.first:
         return
-    kind = f"{o.split}{'_truth' if o.truth else ''}"
-    stem, seconds = o.out or f"{os.path.splitext(path)[0]}_{kind}", round(time.time() - start, 1)
+    kind, seconds = options.split + "_truth" * options.truth, round(time.time() - start, 1)
+    stem = options.out or f"{os.path.splitext(path)[0]}_{kind}"
     print(f"{path}, {kind}, {seconds} s")
     for task in tasks:
         print(f"{task}: predictions in {WRITE[task](predictions[task], f'{stem}_{task}')}")
         for name, value in metrics[task].items():
-            for at, number in value.items() if isinstance(value, dict) else [("", value)]:
-                print(f"  {f'{name} {at}':20}{number:10.4f}" if isinstance(number, float) else
-                      f"  {name:20}{number:>10}")
-    content = {"checkpoint": path, "split": o.split, "truth": o.truth, "seconds": seconds}
-    content["sampling"] = asdict(c.sampling)
+            shown = f"{value:.4f}" if isinstance(value, float) else value
+            print(f"  {name:20}{shown:>10}")
+    content = {
+        "checkpoint": path,
+        "seconds": seconds,
+        **asdict(options),
+        "sampling": asdict(c.sampling),
+    }
     with open(f"{stem}_metrics.json", "w") as f:
         json.dump(content | metrics, f, indent=1)
     print(f"numbers: {stem}_metrics.json", flush=True)

@@ -1255,7 +1255,7 @@ class Device:
             "cpu": True,
         }
         if name == "auto":
-            name = next(kind for kind in available if available[kind])
+            name = next(filter(available.get, available))
         self.device = torch.device(name)
         self.type = self.name = self.device.type
         if not available[self.type]:

@@ -19,12 +19,12 @@ import re
 import sys
 import textwrap
 import typing
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pycocotools import mask as mask_tools
 
 import data
@@ -438,20 +438,18 @@ def reader(kind):
     """The type of a field -> a function of a command line's text."""
     items = typing.get_args(kind)
 
-    def convert(text):
-        if kind is bool:
-            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        if not items:
-            return kind(text)
-        values = tuple(items[0](part) for part in text.split(",") if text)
-        if items[-1] is ...:
-            return values
-        values = values * len(items) if len(values) == 1 else values       # 640 stands for 640,640
-        return values if len(values) == len(items) else items[0]("not so many")
-
     def read(text):
         try:
-            return convert(text)
+            if kind is bool:
+                return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+            if not items:
+                return kind(text)
+            values = tuple(items[0](part) for part in text.split(",") if text)
+            if len(values) == 1 and ... not in items:  # 640 stands for 640,640
+                values *= len(items)
+            if ... not in items and len(values) != len(items):
+                raise ValueError
+            return values
         except (ValueError, KeyError):
             name = f"{items[0].__name__}s between commas" if items else kind.__name__
             message = f"expected {name}, got {text!r}"
@@ -612,11 +610,9 @@ def show_samples(model, c, tasks, args, generator):
         film = np.concatenate([steps, pause], 1)
         film = data.save_grid(film, os.path.join(args.out, "denoising"), columns=4, ms=80)
         pictures.append(film)
-    s, known = c.sampling, c.model.num_classes
-    return {
-        "pictures": pictures, "samples": count, "seed": args.seed, "sample_steps": s.sample_steps,
-        "sampler": s.sampler, "guidance": s.guidance, "td": s.td,
-        "classes": [names[record["label"]] for record in records] if known else None}
+    classes = [names[record["label"]] for record in records] if c.model.num_classes else None
+    made = {"pictures": pictures, "samples": count, "seed": args.seed, "classes": classes}
+    return made | asdict(c.sampling)
 
 
 def sample_records(c, count):
@@ -695,9 +691,8 @@ def draw(image, prediction, c, min_score=0.3, side=384):
         return picture
     letters = max(1, int(picture.width / pen.textlength("n", font=font)))
     lines = textwrap.wrap(prediction["caption"], letters)
-    height = picture.height + (len(lines) + 1) * (font.size + 4)
-    framed = Image.new("RGB", (picture.width, height), "white")
-    framed.paste(picture)
+    border = 0, 0, 0, (len(lines) + 1) * (font.size + 4)
+    framed = ImageOps.expand(picture, border, "white")
     text = "\n".join(lines)
     ImageDraw.Draw(framed).multiline_text((4, picture.height + 2), text, fill="black", font=font)
     return framed
@@ -733,16 +728,14 @@ def draw_attention(model, inputs, c, most=4, side=192):
     rows, cols = model.encoder.grid
     maps = maps[:, -rows * cols:].view(-1, 5, rows, cols)          # without the class token
     canvas = Image.fromarray(view.image(image))
-    scale = side / max(canvas.size)
-    size = round(canvas.width * scale), round(canvas.height * scale)
-    canvas = canvas.resize(size, Image.NEAREST)
-    dark = Image.blend(canvas, Image.new("RGB", size), 0.8)
+    canvas = ImageOps.contain(canvas, (side, side), Image.NEAREST)
+    dark = Image.blend(canvas, Image.new("RGB", canvas.size), 0.8)
     pictures = []
     for n in sorted(range(len(objects)), key=lambda n: -objects[n]["score"])[:most]:
-        y0, x0, y1, x1 = (boxes[0, n] * torch.tensor(size[::-1] * 2)).tolist()
+        y0, x0, y1, x1 = (boxes[0, n] * torch.tensor(canvas.size[::-1] * 2)).tolist()
         for heat in maps[n]:
             light = Image.fromarray((255 * heat / heat.max()).byte().numpy())
-            picture = Image.composite(canvas, dark, light.resize(size, Image.BILINEAR))
+            picture = Image.composite(canvas, dark, light.resize(canvas.size, Image.BILINEAR))
             ImageDraw.Draw(picture).rectangle((x0, y0, x1, y1), outline="white")
             pictures.append(picture)
     return data.tile(pictures, columns=5)

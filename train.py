@@ -230,7 +230,7 @@ def learning_rate(step, o):
 
 def batches_from(step, task, source, c, device):
     """Iterator over this process's batches of a task from a step on, c.run.accumulate per step."""
-    batch = per_task(c, "task_batches", c.optim.batch_size)[task]
+    batch = batch_sizes(c)[task]
     positions = data.Positions(
         step, c.optim.steps, batch, c.run.accumulate, device.rank, device.world)
     stream = data.TrainStream(source, task, c, c.optim.seed)
@@ -251,7 +251,7 @@ def prepare(c, device):
         for category in source.categories:
             categories.setdefault(category["id"], {}).update(category)
     first = c.data.tasks[0]
-    per_epoch = len(sources[first]) / per_task(c, "task_batches", c.optim.batch_size)[first]
+    per_epoch = len(sources[first]) / batch_sizes(c)[first]
     steps, warmup = c.optim.steps, c.optim.warmup_steps
     if not steps and (not c.optim.epochs or sources[first].endless):
         raise ValueError("expected --steps" + ("" if sources[first].endless else " or --epochs"))
@@ -286,6 +286,11 @@ def per_task(c, field, default):
     return dict(zip(c.data.tasks, values))
 
 
+def batch_sizes(c):
+    """{task: images of a batch}."""
+    return per_task(c, "task_batches", c.optim.batch_size)
+
+
 def check_tasks(c, device):
     """ValueError if tasks are unknown or not for this network, or batches cannot be shared out."""
     text = f"--tasks={','.join(c.data.tasks)}"
@@ -297,7 +302,7 @@ def check_tasks(c, device):
     if min(per_task(c, "task_starts", 0).values()) > 0:
         raise ValueError("--task_starts: expected a task that starts at step 0")
     per_task(c, "task_weights", 1.0)
-    for size in per_task(c, "task_batches", c.optim.batch_size).values():
+    for size in batch_sizes(c).values():
         if size < 1 or size % (device.world * c.run.accumulate):
             raise ValueError(
                 f"a batch of {size} is not a multiple of {device.world} processes x accumulate "
@@ -511,7 +516,7 @@ class Log:
         self.c, self.device, self.losses, self.warned = c, device, {}, set()
         self.path, self.board = f"{c.run.out}/log.jsonl", None
         self.restart(start)
-        images = sum(per_task(c, "task_batches", c.optim.batch_size).values())
+        images = sum(batch_sizes(c).values())
         device.say(
             f"{c.run.out}: {count_parameters(model):,} parameters, {c.optim.steps} steps of "
             f"{images} images, on {device.world} x {device.name}"
@@ -560,9 +565,10 @@ class Log:
         self.bar.update()
         if step % self.c.run.log_every:
             return
-        self.check_finite()
-        each = {f"loss_{task}": loss.item() for task, loss in self.losses.items()}
-        values = {"loss": sum(each.values())} | (each if len(self.c.data.tasks) > 1 else {})
+        losses = self.check_finite()
+        values = {"loss": sum(losses.values())}
+        if len(self.c.data.tasks) > 1:
+            values |= {f"loss_{task}": loss for task, loss in losses.items()}
         seconds = time.time() - self.began
         values |= {
             "lr": lr,
@@ -576,12 +582,13 @@ class Log:
         self.restart(step)
 
     def check_finite(self):
-        """FloatingPointError if the last loss is not finite. Reading it waits for the device."""
+        """The last losses, for which it waits. FloatingPointError if one is not finite."""
         losses = {task: loss.item() for task, loss in self.losses.items()}
         if not all(map(math.isfinite, losses.values())):
             raise FloatingPointError(
                 f"the loss is {losses}; lower --lr or set --clip_norm; {self.c.run.out}/last.pt, "
                 f"if it is there, is from before it")
+        return losses
 
     def evaluated(self, step, metrics):
         """Writes the metrics. Returns the mean of each task's first one, -inf if there are none."""
@@ -613,12 +620,11 @@ PRESETS = {}
 @dataclass(frozen=True)
 class Preset:
     config: Config
-    about: str                                         # the recipe in words
-    hardware: str                                      # what it is meant for
+    about: str                                         # the recipe in words, and what it is for
     result: str                                        # measured, published, or not run
 
 
-def preset(name, about, hardware="2 CPU cores", result=NOT_RUN, like=None, model=None, **changes):
+def preset(name, about, result=NOT_RUN, like=None, model=None, **changes):
     """A row of PRESETS: what differs from the preset that it is like, or from Config's defaults.
     Fields are named as on the command line."""
     base = PRESETS[like].config if like else Config()
@@ -626,7 +632,7 @@ def preset(name, about, hardware="2 CPU cores", result=NOT_RUN, like=None, model
     known = {field.name for part in parts_of(c) for field in fields(part)}
     assert set(changes) <= known, f"preset {name}: no field is called {set(changes) - known}"
     c = sample.configured(c, argparse.Namespace(**changes))
-    PRESETS[name] = Preset(c, about, hardware, result)
+    PRESETS[name] = Preset(c, about, result)
 
 
 def parts_of(c):
@@ -728,8 +734,7 @@ PUBLISHED_AP = {                                       # at 640, 1024 and 1333 p
 }
 preset(
     "det_coco_vit_b",
-    "COCO fine-tuning of 2109.10852, 640 px",
-    hardware="8 GPUs",
+    "COCO fine-tuning of 2109.10852, 640 px; 8 GPUs",
     result=f"{NOT_RUN}; published {PUBLISHED_AP['vit_b'][0]} AP, from Objects365 weights",
     model=SIZES["vit_b"],
     data="coco",
@@ -747,8 +752,7 @@ for size, published in PUBLISHED_AP.items():
     for side, ap in zip((640, 1024, 1333), published):
         preset(
             f"det_coco_{size}" + (f"_{side}" if side > 640 else ""),
-            f"COCO fine-tuning of 2109.10852, {side} px",
-            hardware="8 GPUs",
+            f"COCO fine-tuning of 2109.10852, {side} px; 8 GPUs",
             result=f"{NOT_RUN}; published {ap} AP, from Objects365 weights",
             like="det_coco_vit_b",
             model=replace(SIZES[size], image_size=(side, side)),
@@ -756,8 +760,7 @@ for size, published in PUBLISHED_AP.items():
         )
 preset(
     "det_o365_vit_b",
-    "Objects365 pretraining of 2109.10852, 640 px (learning rate and warm-up are ours)",
-    hardware="32 GPUs",
+    "Objects365 pretraining of 2109.10852, 640 px (learning rate and warm-up are ours); 32 GPUs",
     like="det_coco_vit_b",
     batch_size=256,
     epochs=0,
@@ -768,8 +771,7 @@ preset(
 )
 preset(
     "multi_coco_vit_b",
-    "all four tasks of 2206.07669, 640 px",
-    hardware="32 GPUs",
+    "all four tasks of 2206.07669, 640 px; 32 GPUs",
     result=f"{NOT_RUN}; published 44.2 box AP",
     like="det_coco_vit_b",
     tasks=("det", "seg", "kpt", "cap"),
@@ -782,8 +784,7 @@ preset(
 for task, about in (("seg", "masks"), ("kpt", "keypoints"), ("cap", "captions")):
     preset(
         f"{task}_coco_vit_b",
-        f"{about} alone, as in 2206.07669, 640 px",
-        hardware="8 GPUs",
+        f"{about} alone, as in 2206.07669, 640 px; 8 GPUs",
         like="multi_coco_vit_b",
         tasks=(task,),
     )
@@ -868,8 +869,7 @@ preset(
 # Generation as published. LAMB leaves biases and norms without decay and scaling.
 preset(
     "gen_cifar10_rin",
-    "CIFAR-10 RIN of 2212.11972",
-    hardware="8 GPUs",
+    "CIFAR-10 RIN of 2212.11972; 8 GPUs",
     result=f"{NOT_RUN}; published FID 1.81",
     model=RINConfig(num_classes=10),
     tasks=("gen",),
@@ -897,8 +897,7 @@ preset(
 )
 preset(
     "gen_cifar10_unet",
-    "CIFAR-10 UNet of the reference",
-    hardware="8 GPUs",
+    "CIFAR-10 UNet of the reference; 8 GPUs",
     model=UNetConfig(num_classes=10, self_cond="eps", unet_dropout=0.3),
     tasks=("gen",),
     data="cifar10",
@@ -920,8 +919,7 @@ preset(
 for code in ("uint8", "uint8_s"):
     preset(
         f"bits_cifar10_{code}",
-        f"CIFAR-10 Bit Diffusion of 2208.04202, code {code}",
-        hardware="8 GPUs",
+        f"CIFAR-10 Bit Diffusion of 2208.04202, code {code}; 8 GPUs",
         like="gen_cifar10_unet",
         model=UNetConfig(channels=24, num_classes=10, self_cond="x", softmax_groups=3),
         bits=code,
@@ -931,8 +929,7 @@ for code in ("uint8", "uint8_s"):
     )
 preset(
     "gen_imagenet64_unet",
-    "ImageNet 64 px UNet of the reference; --data_dir holds train/CLASS and val/CLASS",
-    hardware="32 GPUs",
+    "ImageNet 64 px UNet of the reference; --data_dir holds train/CLASS and val/CLASS; 32 GPUs",
     like="gen_cifar10_unet",
     model=UNetConfig(
         sample_size=(64, 64), num_classes=1000, self_cond="eps", unet_dim=192,
@@ -945,8 +942,7 @@ preset(
 )
 preset(
     "gen_imagenet64_rin",
-    "ImageNet 64 px RIN of 2212.11972",
-    hardware="32 GPUs",
+    "ImageNet 64 px RIN of 2212.11972; 32 GPUs",
     like="gen_cifar10_rin",
     model=RINConfig(
         sample_size=(64, 64), num_classes=1000, interface_patch=8, latent_layers=(4, 4, 4, 4),
@@ -962,8 +958,7 @@ preset(
 )
 preset(
     "gen_video64_rin",
-    "11 frames of 64 px after 5, sizes of 2212.11972 for Kinetics-600; optimisation is ours",
-    hardware="32 GPUs",
+    "11 frames of 64 px after 5, sizes of 2212.11972 (Kinetics-600), optimisation ours; 32 GPUs",
     like="gen_cifar10_rin",
     model=RINConfig(
         sample_size=(64, 64), frames=11, cond_frames=5, frame_stride=1, interface_patch=8,
@@ -1001,7 +996,7 @@ def main():
     c, args = parse(sys.argv[1:])
     if args.list:
         for name, row in PRESETS.items():
-            print(f"{name}\n    {row.about}\n    for {row.hardware}; {row.result}")
+            print(f"{name}\n    {row.about}\n    {row.result}")
         return
     began = time.time()
     try:
@@ -1033,7 +1028,7 @@ def bench(c):
     optimizer = make_optimizer(model.named_parameters(), c.optim, device.fused)
     forward = device.wrap(model)
     batches = {task: batches_from(0, task, sources[task], c, device) for task in sources}
-    images = sum(per_task(c, "task_batches", c.optim.batch_size).values())
+    images = sum(batch_sizes(c).values())
 
     def fetch():
         return [(task, next(batches[task])) for task in sources for _ in range(c.run.accumulate)]
