@@ -1334,7 +1334,7 @@ def find_file(folder, *patterns):
     """The path of the first file in a folder that fits a pattern, or None."""
     for pattern in patterns:
         for name in sorted(glob.glob(pattern, root_dir=folder)):
-            return os.path.join(folder, name)
+            return f"{folder}/{name}"
 
 
 def read_idx(path, dims):
@@ -1396,8 +1396,8 @@ class ClipFolder(Source):
         self.size, self.frames = tuple(size), frames or 1
         videos = frames is not None
         layout = LAYOUTS["videos" if videos else "images"]
-        divided = any(os.path.isdir(os.path.join(folder, name)) for name in SPLITS)
-        root = os.path.join(folder, split) if divided else folder
+        divided = any(os.path.isdir(f"{folder}/{name}") for name in SPLITS)
+        root = f"{folder}/{split}" if divided else folder
         if not os.path.isdir(root):
             raise DataError(f"{root}: no such folder, expected {layout}")
         folders, files = listing(root)
@@ -1413,7 +1413,7 @@ class ClipFolder(Source):
 
         depth = int(videos)                            # of the folders of images, without classes
         by_class = not any(names for _, names in image_folders(root, depth))
-        train = os.path.join(folder, "train")
+        train = f"{folder}/train"
         self.classes = listing(train if divided else root)[0] if by_class else []
         clips, label = [], -1                          # (folder, names of frames, label)
         for path, names in image_folders(root, depth + by_class):
@@ -1449,7 +1449,7 @@ class ClipFolder(Source):
         folder, names, label = self.clips[n]
         last = len(names) + i - self.ends[n] + 1
         window = names[last - self.frames:last]
-        paths = [os.path.join(folder, name) for name in window]
+        paths = [f"{folder}/{name}" for name in window]
         frames = [fit_image(path, self.size) for path in paths]
         pixels = np.stack(frames) if self.frames > 1 else frames[0]
         return {"pixels": pixels, "label": label}
@@ -1460,7 +1460,7 @@ def image_folders(root, depth):
     folders, files = listing(root)
     if not depth:
         return [(root, files)]
-    paths = [os.path.join(root, name) for name in folders]
+    paths = [f"{root}/{name}" for name in folders]
     return [found for path in paths for found in image_folders(path, depth - 1)]
 
 

@@ -59,8 +59,6 @@ def evaluate(model, c, split, device, tasks=None, limit=None, boxes="own", truth
     """
     if limit:
         c = replace(c, sampling=replace(c.sampling, proxy_classifier=False))
-    training = model.training
-    model.eval()
     metrics, predictions = {}, {}
     # Masks and keypoints of given boxes say nothing about detection, which gets its own pass then.
     shared = boxes == "own" and not truth
@@ -76,7 +74,6 @@ def evaluate(model, c, split, device, tasks=None, limit=None, boxes="own", truth
             predictions[task] = found
             if device.first:
                 metrics[task] = SCORE[task](found, source, c, device)
-    model.train(training)
     return metrics, predictions
 
 
@@ -88,7 +85,7 @@ def predict_items(
     starts = range(0, len(items), batch_size)[device.rank::device.world]
     batches = [items[i:i + batch_size] for i in starts]
     loader = data.make_loader(data.EvalSet(source), batches, list, workers)
-    quiet = not device.first or not sys.stderr.isatty()
+    quiet = None if device.first else True             # None: where there is no terminal
     mine = []
     for start, batch in zip(starts, tqdm(loader, "evaluate", disable=quiet, leave=False)):
         # Of an item that cannot be read there is only a message.
@@ -124,10 +121,6 @@ def prompt_objects(records, boxes, source):
     return [boxes.get(image_id, []) for image_id in records]
 
 
-def every_item(source, c):
-    return range(len(source))
-
-
 def random_items(source, c):
     """As many items as samples are asked for: files are often sorted by class, so shuffled."""
     count, length, rng = c.sampling.eval_samples, len(source), np.random.default_rng(0)
@@ -137,7 +130,7 @@ def random_items(source, c):
     return np.concatenate(orders)[:count].tolist()
 
 
-ITEMS = dict.fromkeys(PREDICT, every_item) | {"gen": random_items}
+ITEMS = dict.fromkeys(PREDICT, lambda source, c: range(len(source))) | {"gen": random_items}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -183,7 +176,7 @@ def score_captions(predictions, truth, c, device=None):
         references.setdefault(annotation["image_id"], []).append(annotation["caption"].strip())
     written = {i: p["caption"] for i, p in predictions.items() if i in references}
     exact = sum(text in references[i] for i, text in written.items()) / max(len(written), 1)
-    scores = caption_scores(written, {i: references[i] for i in written})
+    scores = caption_scores(written, references)
     return scores | {"exact": round(exact, 5), "images": len(written)}
 
 
@@ -317,7 +310,7 @@ def average_precision(truth, results, image_ids, task="det"):
     kind, names, _, _ = COCO_TASKS[task]
     with contextlib.redirect_stdout(io.StringIO()):
         if results:
-            predictions = coco.loadRes([dict(result) for result in results])
+            predictions = coco.loadRes(results)
         else:
             predictions = coco_index({**truth, "annotations": []})
         run = COCOeval(coco, predictions, kind)
@@ -590,17 +583,20 @@ def proxy_scores(pixels, labels, truth, train, c, device):
     real, real_labels = real_pixels(train, c, PROXY_IMAGES // frames)
     proxy = train_proxy(real, real_labels, len(train.classes), device)
     held, held_labels = real_pixels(truth, c, len(pixels))
-    features, classes = proxy.classify(pixels, device)
-    held_features, held_classes = proxy.classify(held, device)
-    known = feature_statistics(proxy.classify(real, device)[0])
+
+    def judge(pixels):
+        features, classes = proxy.classify(pixels, device)
+        return classes, feature_statistics(features)
+
+    (_, known), (classes, made), (held_classes, floor) = map(judge, (real, pixels, held))
     scores = {}
     if c.model.num_classes:
         scores["class_accuracy"] = float((classes == labels)[labels >= 0].mean())
     right = (held_classes == held_labels)[held_labels >= 0]
     return scores | {
         "proxy_accuracy": float(right.mean()),
-        "frechet": frechet_distance(*feature_statistics(features), *known),
-        "frechet_real": frechet_distance(*feature_statistics(held_features), *known),
+        "frechet": frechet_distance(*made, *known),
+        "frechet_real": frechet_distance(*floor, *known),
     }
 
 
@@ -668,9 +664,7 @@ def real_statistics(network, train, c, count, folder=""):
     mean, cov = feature_statistics(network.features(real_pixels(train, c, count)[0])[0])
     if folder:
         os.makedirs(folder, exist_ok=True)
-        with open(f"{path}.tmp", "wb") as f:
-            np.savez(f, mean=mean, cov=cov)
-        os.replace(f"{path}.tmp", path)
+        np.savez(path, mean=mean, cov=cov)
     return mean, cov
 
 
@@ -751,8 +745,8 @@ def write_objects(task, predictions, stem):
 
 
 def write_captions(predictions, stem):
-    results = [{"image_id": i, "caption": p["caption"]} for i, p in predictions.items()]
-    return write_json(results, stem)
+    return write_json(
+        [{"image_id": i, "caption": p["caption"]} for i, p in predictions.items()], stem)
 
 
 def write_json(results, stem):
@@ -798,7 +792,7 @@ def watch(options, args, device):
         with contextlib.suppress(FileNotFoundError):
             path = sample.find_checkpoint(options.ckpt)
             if not os.path.isfile(options.ckpt):
-                path = os.path.join(os.path.dirname(path), "last.pt")
+                path = f"{os.path.dirname(path)}/last.pt"
             changed = os.path.getmtime(path)
             if changed != done:
                 run(path, options, args, device)

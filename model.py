@@ -1613,12 +1613,12 @@ def read_reference_checkpoint(path):
         ) from e
     prefix = re.sub(r"\.(index|data-\d+-of-\d+)$", "", path)
     if os.path.isdir(path):
-        listing = os.path.join(path, "checkpoint")
+        listing = f"{path}/checkpoint"
         with open(listing) as f:
             latest = re.search(r'^model_checkpoint_path: "(.+)"', f.read(), re.M)
         if not latest:
             raise ValueError(f"{listing}: names no checkpoint")
-        prefix = os.path.join(path, os.path.basename(latest[1]))    # it may be from elsewhere
+        prefix = f"{path}/{os.path.basename(latest[1])}"            # it may be from elsewhere
     shards = glob.glob(glob.escape(prefix) + ".data-*-of-*")
     count = int(shards[0].rpartition("-")[2]) if shards else 1
     parts = [f"data-{i:05}-of-{count:05}" for i in range(count)]
@@ -1649,11 +1649,9 @@ def convert(path, c, categories=()):
     ValueError and FileNotFoundError, as what it calls.
     """
     weights, model = read_reference_checkpoint(path), build(c.model)
-    for part in ("/denoiser_ema/", "/denoiser/"):
+    for part in ("/denoiser_ema/", "/denoiser/"):      # the averaged weights, if there are some
         of_part = {name.replace(part, "/"): w for name, w in weights.items() if part in name}
-        if of_part:
-            weights = of_part
-            break
+        weights = of_part or weights
     load_reference_weights(model, weights)
     if isinstance(c.model, Pix2SeqConfig):
         labels = range(1, c.vocab.max_label + 1)

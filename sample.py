@@ -264,12 +264,14 @@ PREDICT = {
 
 @torch.no_grad()
 def predict(model, inputs, c, tasks, table=PREDICT):
-    """All that `tasks` say about each record, one dict per record."""
-    predictions = [{} for _ in inputs.records]
+    """All that `tasks` say about each record, one dict per record; dropout is off meanwhile."""
+    training, predictions = model.training, [{} for _ in inputs.records]
+    model.eval()
     for task in table:
         if task in tasks:
             for prediction, said in zip(predictions, table[task](model, inputs, c)):
                 prediction.update(said)
+    model.train(training)
     return predictions
 
 
@@ -364,8 +366,7 @@ def find_checkpoint(path=None):
                 "no run in out/: train one with `python train.py`, or name a checkpoint, --ckpt")
         path = os.path.dirname(max(runs, key=os.path.getmtime))
     if os.path.isdir(path):
-        best, last = os.path.join(path, "best.pt"), os.path.join(path, "last.pt")
-        path = best if os.path.exists(best) else last
+        path = f"{path}/best.pt" if os.path.exists(f"{path}/best.pt") else f"{path}/last.pt"
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such checkpoint")
     return path
@@ -399,8 +400,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=raw, allow_abbrev=False, **options)
 
     def error(self, message):
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
+        self.exit(2, f"error: {message}\n")
 
     def add_config(self, *parts, without=()):
         """An option per field of each dataclass: typed by it, its comment as help. Only those that
@@ -540,7 +540,7 @@ def show_predictions(model, c, tasks, args, generator):
         prediction = predict(model, inputs, c, tasks)[0]
         pictures.append(draw(record["image"], prediction, c, args.min_score))
         name = record["image_id"] if args.images else f"val_{record['image_id']}"
-        stem = os.path.join(args.out, os.path.splitext(os.path.basename(name))[0])
+        stem = f"{args.out}/{os.path.splitext(os.path.basename(name))[0]}"
         pictures[-1].save(f"{stem}.png")
         objects = prediction.get("objects", ())
         if args.attention and objects:
@@ -552,7 +552,7 @@ def show_predictions(model, c, tasks, args, generator):
         where = {"image": name, "picture": f"{stem}.png", "width": width, "height": height}
         report.append(where | prediction)
     if len(pictures) > 1:
-        data.tile(pictures).save(os.path.join(args.out, "all.png"))
+        data.tile(pictures).save(f"{args.out}/all.png")
     return report
 
 
@@ -575,20 +575,20 @@ def held_out(c, task, count):
     items = data.EvalSet(source)
     records = [items[i] for i in range(min(count, len(items)))]
     records = [record for record in records if not isinstance(record, str)]    # unreadable ones
-    if "det" in c.data.tasks:
-        return records, [None] * len(records)
-    return records, [true_objects(record, source.categories) for record in records]
+    detects, known = "det" in c.data.tasks, source.categories
+    return records, [None if detects else true_objects(record, known) for record in records]
 
 
 def show_samples(model, c, tasks, args, generator):
     """A grid of samples; with --strip also of their estimates at every tenth of the way."""
     if args.images or args.boxes:
         raise ValueError("this model generates: it takes no images and no boxes")
-    names, count = [category["name"] for category in c.categories], args.count or 64
+    names = [category["name"] for category in c.categories] if c.model.num_classes else []
+    count = args.count or 64
     records = sample_records(c, count)
     if args.class_name is not None:
-        if args.class_name not in names or not c.model.num_classes:
-            known = ", ".join(names) if c.model.num_classes else "no classes"
+        if args.class_name not in names:
+            known = ", ".join(names) or "no classes"
             raise ValueError(f"--class={args.class_name}: this model knows {known}")
         for record in records:
             record["label"] = names.index(args.class_name)
@@ -598,19 +598,19 @@ def show_samples(model, c, tasks, args, generator):
         if args.strip and first == 0:
             part.callback = lambda i, pixels: steps.append(pixels[:8].movedim(1, -1).cpu().numpy())
         predictions += predict(model, part, c, tasks)
-    pictures = [draw_grid(predictions, os.path.join(args.out, "samples"))]
+    pictures = [draw_grid(predictions, f"{args.out}/samples")]
     if steps:
         steps = np.stack(steps, 1)                     # (8, steps, [T,] H, W, C)
         if steps.ndim == 6:
             steps = steps[:, :, -1]                    # the last frame stands for a clip
         tenths = [round(i * (steps.shape[1] - 1) / 9) for i in range(10)]
         strip = steps[:, tenths].reshape(-1, *steps.shape[2:])
-        pictures.append(data.save_grid(strip, os.path.join(args.out, "strip"), columns=10))
+        pictures.append(data.save_grid(strip, f"{args.out}/strip", columns=10))
         pause = np.repeat(steps[:, -1:], steps.shape[1] // 4 + 1, 1)
         film = np.concatenate([steps, pause], 1)
-        film = data.save_grid(film, os.path.join(args.out, "denoising"), columns=4, ms=80)
+        film = data.save_grid(film, f"{args.out}/denoising", columns=4, ms=80)
         pictures.append(film)
-    classes = [names[record["label"]] for record in records] if c.model.num_classes else None
+    classes = [names[record["label"]] for record in records] if names else None
     made = {"pictures": pictures, "samples": count, "seed": args.seed, "classes": classes}
     return made | asdict(c.sampling)
 
@@ -654,15 +654,7 @@ PICTURE = dict.fromkeys(PREDICT, picture_predictions) | {"gen": picture_samples}
 # --------------------------------------------------------------------------------------------------
 # pictures
 
-PALETTE = (
-    (230, 60, 60),
-    (60, 160, 250),
-    (90, 200, 90),
-    (250, 180, 40),
-    (190, 100, 240),
-    (60, 210, 210),
-    (250, 120, 180),
-)
+PALETTE = "tomato", "deepskyblue", "limegreen", "orange", "violet", "turquoise", "hotpink"
 
 
 def draw_grid(predictions, stem):
@@ -676,14 +668,13 @@ def draw(image, prediction, c, min_score=0.3, side=384):
     picture = image.resize((image.width * zoom, image.height * zoom), Image.NEAREST)
     font = ImageFont.load_default(max(12, max(picture.size) // 40))
     categories = {category["id"]: category for category in c.categories}
-    objects = [obj for obj in prediction.get("objects", ()) if obj["score"] >= min_score]
-    objects = sorted(objects, key=lambda obj: obj["score"])
+    objects = sorted(prediction.get("objects", ()), key=lambda obj: obj["score"])
+    objects = [obj for obj in objects if obj["score"] >= min_score]
     colors = [PALETTE[i % len(PALETTE)] for i in range(len(objects))]
     for obj, color in zip(objects, colors):            # masks first, so that they hide nothing else
         if "segmentation" in obj:
             mask = Image.fromarray(110 * mask_tools.decode([obj["segmentation"]])[..., 0])
-            flat = Image.new("RGB", picture.size, color)
-            picture.paste(flat, mask=mask.resize(picture.size, Image.NEAREST))
+            picture.paste(color, mask=mask.resize(picture.size, Image.NEAREST))
     pen = ImageDraw.Draw(picture)
     for obj, color in zip(objects, colors):
         draw_object(pen, obj, categories[obj["category_id"]], color, zoom, font)

@@ -21,7 +21,9 @@ import re
 import shutil
 import sys
 import time
+from collections import ChainMap
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from itertools import count, filterfalse
 
 import torch
 from torch.utils.benchmark import Timer
@@ -268,8 +270,8 @@ def prepare(c, device):
         data.TrainStream(sources[task], task, c, c.optim.seed)[0]
         data.make_source(c, "val", task)
     if device.first and c.run.fresh and os.path.exists(c.run.out):
-        names = (f"{c.run.out}.{n}" for n in range(1, 10_000))
-        aside = next(name for name in names if not os.path.exists(name))
+        names = (f"{c.run.out}.{n}" for n in count(1))
+        aside = next(filterfalse(os.path.exists, names))
         shutil.move(c.run.out, aside)
         device.say(f"moved the earlier run to {aside}")
     os.makedirs(c.run.out, exist_ok=True)
@@ -293,12 +295,13 @@ def batch_sizes(c):
 
 def check_tasks(c, device):
     """ValueError if tasks are unknown or not for this network, or batches cannot be shared out."""
-    text = f"--tasks={','.join(c.data.tasks)}"
+    sequences = isinstance(c.model, Pix2SeqConfig)
+    known = [task for task in LOSS if (LOSS[task] is token_loss) == sequences]
     for task in c.data.tasks:
-        if task not in LOSS:
-            raise ValueError(f"{text}: unknown task {task!r}, expected some of {','.join(LOSS)}")
-        if (LOSS[task] is token_loss) != isinstance(c.model, Pix2SeqConfig):
-            raise ValueError(f"{text}: {task!r} is not for {type(c.model).__name__}'s network")
+        if task not in known:
+            raise ValueError(
+                f"--tasks={','.join(c.data.tasks)}: {task!r} is no task of "
+                f"{type(c.model).__name__}, expected some of {','.join(known)}")
     if min(per_task(c, "task_starts", 0).values()) > 0:
         raise ValueError("--task_starts: expected a task that starts at step 0")
     per_task(c, "task_weights", 1.0)
@@ -387,40 +390,38 @@ class LAMB(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            beta1, beta2 = group["betas"]
             for p in group["params"]:
-                if p.grad is not None:
-                    self.update(p, self.state[p], group)
-
-    def update(self, p, state, group):
-        beta1, beta2 = group["betas"]
-        if not state:
-            state.update(step=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
-        state["step"] += 1
-        mean = state["mean"].lerp_(p.grad, 1 - beta1) / (1 - beta1 ** state["step"])
-        square = state["square"].lerp_(p.grad.square(), 1 - beta2) / (1 - beta2 ** state["step"])
-        update = mean / (square.sqrt() + group["eps"]) + group["weight_decay"] * p
-        if group["scaled"]:
-            norm, length = p.norm(), update.norm()
-            update *= torch.where((norm > 0) & (length > 0), norm / length, 1.0)
-        p.sub_(group["lr"] * update)
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state.update(step=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
+                state["step"] += 1
+                mean = state["mean"].lerp_(p.grad, 1 - beta1)
+                square = state["square"].lerp_(p.grad.square(), 1 - beta2)
+                mean = mean / (1 - beta1 ** state["step"])             # unbiased
+                square = square / (1 - beta2 ** state["step"])
+                update = mean / (square.sqrt() + group["eps"]) + group["weight_decay"] * p
+                if group["scaled"]:
+                    norm, length = p.norm(), update.norm()
+                    update *= torch.where((norm > 0) & (length > 0), norm / length, 1.0)
+                p.sub_(group["lr"] * update)
 
 
 def evaluate_run(model, c, device, step, done):
     """Metrics on held-out data, and a picture of predictions in the run's folder."""
-    training = model.training
     stats_dir = c.sampling.stats_dir or c.run.out
     c = replace(c, sampling=replace(c.sampling, stats_dir=stats_dir))
     batch_size = max(1, min(c.optim.batch_size // device.world, 100))
     boxes = "own" if "det" in c.data.tasks else "truth"
     metrics, _ = evaluate(
         model, c, "val", device, boxes=boxes, batch_size=batch_size, workers=worker_count(c),
-        limit=None if done or not c.run.eval_images else c.run.eval_images)
+        limit=0 if done else c.run.eval_images)
     if device.first and c.run.pictures:
-        model.eval()
         stem = f"{c.run.out}/step_{step:07d}"
-        picture = sample.PICTURE[c.data.tasks[0]]
-        picture(model, c, c.run.pictures, device.generator(0), stem)
-        model.train(training)
+        draw = sample.PICTURE[c.data.tasks[0]]
+        draw(model, c, c.run.pictures, device.generator(0), stem)
     return metrics
 
 
@@ -451,15 +452,10 @@ def resume(c, device, model, average, optimizer):
     path = f"{c.run.out}/last.pt"
     if not os.path.exists(path):
         return 0, -math.inf
-    saved, now, changed = load(path, device.device), asdict(c), []
-    for part in ("model", "vocab", "data", "diffusion", "optim"):
-        then = saved["config"][part]
-        changed += [f"{key}: {then.get(key)} there, {value} here"
-                    for key, value in now[part].items() if then.get(key) != value]
-    if saved["config"]["categories"] != now["categories"]:
-        there, here = (", ".join(k["name"] for k in categories)
-                       for categories in (saved["config"]["categories"], now["categories"]))
-        changed.append(f"classes: {there} there, {here} here")
+    saved = load(path, device.device)
+    then, now = facts(saved["config"]), facts(asdict(c))
+    changed = [f"{key}: {then.get(key)} there, {value} here"
+               for key, value in now.items() if then.get(key) != value]
     if changed:
         raise ValueError(
             f"{path} is of another run ({'; '.join(changed)}): use the same values, another --out, "
@@ -469,6 +465,13 @@ def resume(c, device, model, average, optimizer):
     if average.decay:
         average.model.load_state_dict(saved["ema"])
     return saved["step"], saved["best"]
+
+
+def facts(config):
+    """What makes a nested dict of a Config this run and no other, by name."""
+    parts = (config[part] for part in ("model", "vocab", "data", "diffusion", "optim"))
+    classes = [f"{category['label']} {category['name']}" for category in config["categories"]]
+    return dict(ChainMap(*parts), classes=", ".join(classes))
 
 
 def start_from(path, model, c):
@@ -501,7 +504,7 @@ def start_from(path, model, c):
             weights[name][rows] = model.state_dict()[name][rows]
     load_weights(model, weights)
     if changed:
-        notes = [*notes, f"{len(changed)} of {len(now)} classes differ, their tokens start afresh"]
+        notes.append(f"{len(changed)} of {len(now)} classes differ, their tokens start afresh")
     return [f"adapted: {note}" for note in notes] + [f"started from {path}"]
 
 
@@ -521,23 +524,21 @@ class Log:
             f"{c.run.out}: {count_parameters(model):,} parameters, {c.optim.steps} steps of "
             f"{images} images, on {device.world} x {device.name}"
             + (f", going on from step {start}" if start else ""))
-        quiet = not device.first or not sys.stderr.isatty()
+        quiet = None if device.first else True         # None: where there is no terminal
         self.bar = tqdm(total=c.optim.steps, initial=start, disable=quiet, dynamic_ncols=True)
         if not device.first:
             return
         if os.path.exists(self.path):                  # forget what came after the last checkpoint
             with open(self.path) as f:
                 lines = [line for line in f if line.endswith("}\n")]
-            kept = [line for line in lines if self.is_before(json.loads(line), start)]
+            values = map(json.loads, lines)            # an evaluation at `start` is made again
+            keys = [(entry["step"], "lr" not in entry) for entry in values]
+            kept = [line for line, key in zip(lines, keys) if key <= (start, False)]
             with open(self.path, "w") as f:
                 f.writelines(kept)
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(c.run.out)
-
-    def is_before(self, values, start):
-        """Whether a line stays: an evaluation at `start` is made again."""
-        return values["step"] < start or values["step"] == start and "lr" in values
 
     def restart(self, step):
         """Begins a span of steps to be timed."""
@@ -732,11 +733,7 @@ PUBLISHED_AP = {                                       # at 640, 1024 and 1333 p
     "resnet50": (39.1, 41.7, 42.6),
     "resnet50_c4": (44.7, 46.9, 47.3),
 }
-preset(
-    "det_coco_vit_b",
-    "COCO fine-tuning of 2109.10852, 640 px; 8 GPUs",
-    result=f"{NOT_RUN}; published {PUBLISHED_AP['vit_b'][0]} AP, from Objects365 weights",
-    model=SIZES["vit_b"],
+FINETUNE = dict(
     data="coco",
     bad_boxes="drop",
     lr=3e-5,
@@ -754,9 +751,9 @@ for size, published in PUBLISHED_AP.items():
             f"det_coco_{size}" + (f"_{side}" if side > 640 else ""),
             f"COCO fine-tuning of 2109.10852, {side} px; 8 GPUs",
             result=f"{NOT_RUN}; published {ap} AP, from Objects365 weights",
-            like="det_coco_vit_b",
             model=replace(SIZES[size], image_size=(side, side)),
             checkpointing=side > 640,
+            **FINETUNE,
         )
 preset(
     "det_o365_vit_b",
