@@ -166,12 +166,14 @@ def whole(image):
 
 
 def train_view(region, canvas, rng, scale_min, scale_max, flip):
-    """Scale jitter, then a random crop of the canvas's size, then a mirror (2109.10852, app. B)."""
+    """Scale jitter, then a random crop of the canvas's size, then a mirror (2109.10852, app. B). At
+    scale 1 the image just fits into the canvas."""
     origin = np.array(region[:2])
     size = region[2:] - origin
     scale = rng.uniform(scale_min, scale_max) * min(canvas / size)
     scaled = np.maximum((size * scale).astype(int), 1)
-    offset = (rng.random() * np.maximum(scaled - canvas, 0)).astype(int)       # one number for both
+    # One random number for rows and columns, as in the reference.
+    offset = (rng.random() * np.maximum(scaled - canvas, 0)).astype(int)
     shown = np.minimum(canvas, scaled - offset)
     start = origin + offset * size / scaled
     end = origin + (offset + shown) * size / scaled
@@ -217,10 +219,10 @@ def det_example(record, c, rng):
         labels = np.append(labels, [tokenizer.FAKE_LABEL] * missing)
     objects = pad_objects(view, boxes, labels, d.max_objects)
     corrupt = rng.random((d.max_objects, 2), np.float32)
-    return see(view, image) | objects | {"corrupt": corrupt}
+    return pixels_of(view, image) | objects | {"corrupt": corrupt}
 
 
-def see(view, image):
+def pixels_of(view, image):
     return {
         "image": view.image(image),
         "size": np.array([view.height, view.width])}
@@ -249,8 +251,8 @@ def noise_boxes(boxes, count, rng):
     centers = rng.random((others, 2))
     sizes = np.abs(truncated_normal(rng, centers.shape, 0.5))
     drawn = around(centers, sizes)
-    bad = rng.permutation(np.concatenate([moved, drawn]))[:others]
-    return rng.permutation(np.concatenate([near, bad])).clip(0, 1)
+    far = rng.permutation(np.concatenate([moved, drawn]))[:others]
+    return rng.permutation(np.concatenate([near, far])).clip(0, 1)
 
 
 def det_batch(x, c):
@@ -284,7 +286,7 @@ def collate_examples(task, c, examples):
 # streams: which example comes when
 
 class TrainStream(Dataset):
-    """Position p of an endless, shuffled stream of one task's examples. An unreadable image is
+    """Example number p of an endless, shuffled stream of one task's. An unreadable image is
     replaced by the next one."""
 
     def __init__(self, source, task, c, seed):
@@ -295,8 +297,8 @@ class TrainStream(Dataset):
             raise DataError(f"the training data has nothing to learn {task} from")
 
     def index(self, p):
-        """Which of the source's training examples comes at position p: each once per epoch."""
-        if self.source.endless:
+        """Which of the source's training examples is number p of the stream: each once an epoch."""
+        if self.source.endless:                        # drawn: no two are alike
             return p
         epoch, i = divmod(p, self.count)
         return int(shuffled(self.count, self.seed, epoch)[i])
@@ -316,10 +318,10 @@ class TrainStream(Dataset):
 
 
 @dataclass
-class Positions:
-    """Batch sampler: from step `start` on, this process's part of each global batch, in `parts`
-    parts. A part is every (world x parts)-th position of the batch, so which process computes what
-    does not change the batch."""
+class MicroBatches:
+    """Batch sampler: from step `start` on, which numbers of the stream this process learns from,
+    in `parts` micro-batches a step. A micro-batch is every (world x parts)-th of the global batch:
+    how many processes share it changes nothing in it."""
     start: int
     steps: int
     batch: int
@@ -414,7 +416,7 @@ def seg_example(record, c, rng):
     objects = pad_objects(view, boxes[order], record["labels"][order], d.max_instances)
     polygons = [record["polygons"][i] for i in order]
     points = polygon_points(view, polygons, d.max_instances, d.max_points)
-    return see(view, image) | objects | {"points": points}
+    return pixels_of(view, image) | objects | {"points": points}
 
 
 def seg_batch(x, c):
@@ -477,7 +479,7 @@ def kpt_example(record, c, rng):
     points = keypoint_points(view, record["keypoints"][n])[None]
     mask = rng.random(points.shape) < rng.random()
     objects = pad_objects(view, box, record["labels"][[n]], 1)
-    return see(view, image) | objects | {"points": points, "mask": mask}
+    return pixels_of(view, image) | objects | {"points": points, "mask": mask}
 
 
 def kpt_batch(x, c):
@@ -525,7 +527,7 @@ def cap_example(record, c, rng):
     order = rng.permutation(len(texts) * rounds)[:count]
     chosen = [texts[i % len(texts)] for i in order]
     drop = rng.random((count, d.caption_length), np.float32)
-    return see(view, image) | {"captions": chosen, "drop": drop}
+    return pixels_of(view, image) | {"captions": chosen, "drop": drop}
 
 
 def cap_batch(x, c):
@@ -590,7 +592,8 @@ def clip_shape(c):
     return sum(frames or [1]) + c.model.cond_frames, height, width
 
 
-EXAMPLES = {                                           # (record, c, rng) -> arrays of one example
+# (record, c, rng) -> arrays of one example. A new row comes last: its place seeds augmentation.
+EXAMPLES = {
     "det": det_example,
     "seg": seg_example,
     "kpt": kpt_example,
@@ -621,8 +624,9 @@ def make_source(c, split, task="det"):
 
 
 class Source:
-    """What sources share. A source has `endless` (items need no shuffling), `classes` (names), a
-    record per item, and to learn keypoints from: `people`, and a record per `person`."""
+    """What sources share. A source has a length and a record per item; `classes` (names); for
+    objects and captions `truth(task)`, in COCO's format; to learn keypoints from, `people` and a
+    record per `person`. Labels of objects begin at 1, for 0 is padding."""
     endless, first_label = False, 0
 
     @cached_property

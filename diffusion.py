@@ -58,7 +58,7 @@ def expand(values, x):
 
 
 def scales(gamma, x):
-    """sqrt(gamma), sqrt(1 - gamma), to broadcast over x. The second divides, so it is not zero."""
+    """sqrt(gamma), sqrt(1 - gamma), to broadcast over x. The second is a divisor: never zero."""
     gamma = expand(gamma, x)
     variance = (1 - gamma).clamp(min=GAMMA_MIN)
     return gamma.sqrt(), variance.sqrt()
@@ -241,11 +241,11 @@ def as_denoiser(network, c, logits=False):
 
 
 def denoising_losses(network, batch, c, t=None, generator=None):
-    """The losses (B,) of a training step: noise, self-conditioning, one pass of the network.
+    """The losses (B,) of a training step: noise, maybe a pass without gradient whose estimate the
+    network then sees (self-conditioning), and a pass with gradient.
 
     batch: data.Batch on the device, its targets uint8 pixels. While the network trains, labels are
-           hidden with probability label_drop, for guidance (the reference hides others in the pass
-           for self-conditioning; here the same)
+           hidden with probability label_drop, for guidance: the same labels in both passes
     t:     (B,), or None for uniform times
     """
     d = c.diffusion

@@ -43,7 +43,7 @@ from model import Device
 from sample import PREDICT, Inputs, predict
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)             # times t at which the loss of generation is taken
-PASSES = (("det", "seg"), ("kpt",), ("cap",), ("gen",))        # tasks that share their predictions
+TOGETHER = ["det", "seg"]                      # masks are of the boxes that detection found
 
 
 def evaluate(model, c, split, device, tasks=None, limit=None, boxes="own", truth=False, **options):
@@ -60,9 +60,10 @@ def evaluate(model, c, split, device, tasks=None, limit=None, boxes="own", truth
     if limit:
         c = replace(c, sampling=replace(c.sampling, proxy_classifier=False))
     metrics, predictions = {}, {}
-    # Masks and keypoints of given boxes say nothing about detection, which gets its own pass then.
-    shared = boxes == "own" and not truth
-    for group in PASSES if shared else [(task,) for task in SCORE]:
+    passes = [[task] for task in SCORE]
+    if boxes == "own" and not truth:
+        passes = [TOGETHER] + [group for group in passes if group[0] not in TOGETHER]
+    for group in passes:
         group = [task for task in group if task in (tasks or c.data.tasks)]
         if not group:
             continue
@@ -80,14 +81,13 @@ def evaluate(model, c, split, device, tasks=None, limit=None, boxes="own", truth
 def predict_items(
         model, source, items, c, tasks, device, table, boxes="own", batch_size=16, workers=0,
         seed=0):
-    """{image_id, or number of the sample: prediction} of a source's items, shared out in whole
-    batches, so that the result does not depend on how many processes there are."""
+    """{image_id, or number of the sample: prediction} of a source's items. Whole batches are shared
+    out, each with random numbers of its own: any number of processes gives the same."""
     starts = range(0, len(items), batch_size)[device.rank::device.world]
     batches = [items[i:i + batch_size] for i in starts]
     loader = data.make_loader(data.EvalSet(source), batches, list, workers)
-    quiet = None if device.first else True             # None: where there is no terminal
     mine = []
-    for start, batch in zip(starts, tqdm(loader, "evaluate", disable=quiet, leave=False)):
+    for start, batch in zip(starts, tqdm(loader, "evaluate", disable=device.quiet, leave=False)):
         # Of an item that cannot be read there is only a message.
         skipped = [item for item in batch if isinstance(item, str)]
         records = {
@@ -148,13 +148,13 @@ COCO_TASKS = {
 }
 
 
-def score_objects(task, predictions, truth, c, device=None):
+def score_objects(task, predictions, source, c, device=None):
     """COCO's average precision and recall. No predictions give AP 0; a number for which the truth
     has no object is -1, as in pycocotools."""
-    truth = truth.truth(task)
+    truth = source.truth(task)
     known = {category["id"] for category in truth["categories"]}
     results = [r for r in coco_results(task, predictions) if r["category_id"] in known]
-    return average_precision(truth, results, predictions, task) | {"images": len(predictions)}
+    return average_precision(truth, results, list(predictions), task) | {"images": len(predictions)}
 
 
 def coco_results(task, predictions):
@@ -169,10 +169,10 @@ def coco_results(task, predictions):
 # ==== reference ===================================================================================
 # the other tasks' scores, and the table
 
-def score_captions(predictions, truth, c, device=None):
+def score_captions(predictions, source, c, device=None):
     """ROUGE-L, CIDEr, BLEU, and the fraction that is exactly one of the references."""
     references = {}
-    for annotation in truth.truth("cap")["annotations"]:
+    for annotation in source.truth("cap")["annotations"]:
         references.setdefault(annotation["image_id"], []).append(annotation["caption"].strip())
     written = {i: p["caption"] for i, p in predictions.items() if i in references}
     exact = sum(text in references[i] for i, text in written.items()) / max(len(written), 1)
@@ -180,7 +180,7 @@ def score_captions(predictions, truth, c, device=None):
     return scores | {"exact": round(exact, 5), "images": len(written)}
 
 
-def score_samples(predictions, truth, c, device=None):
+def score_samples(predictions, source, c, device=None):
     """How real samples are, and how right.
 
     minus_loss, loss, loss_at_T   mean over LEVELS, on the held-out items; at each of them
@@ -200,13 +200,13 @@ def score_samples(predictions, truth, c, device=None):
     metrics = {"minus_loss": -loss, "loss": loss}
     train = data.make_source(c, "train", "gen")
     if c.sampling.proxy_classifier and train.classes:
-        metrics |= proxy_scores(pixels[:, first:], labels, truth, train, c, device)
+        metrics |= proxy_scores(pixels[:, first:], labels, source, train, c, device)
     if c.sampling.inception:
         metrics |= inception_scores(pixels[:, first:], train, c, device)
     if first:
-        items = random_items(truth, c)
+        items = random_items(source, c)
         past, guess = pixels[:, first - 1:first] / 255, pixels[:, first:] / 255
-        future = np.stack([truth[items[n]]["pixels"][first:] for n in predictions]) / 255
+        future = np.stack([source[items[n]]["pixels"][first:] for n in predictions]) / 255
         metrics["frame_error"] = float(np.square(guess - future).mean())
         metrics["copy_error"] = float(np.square(past - future).mean())
     for level, mean in zip(LEVELS, losses.mean(0).tolist()):
@@ -700,7 +700,7 @@ def main():
             watch(options, args, device)
         else:
             run(sample.find_checkpoint(options.ckpt), options, args, device)
-    except (FileNotFoundError, ImportError, RuntimeError, ValueError) as e:
+    except (OSError, ImportError, RuntimeError, ValueError) as e:
         sys.exit(f"error: {e}")
     finally:
         Device.close()

@@ -178,6 +178,7 @@ class Cache:
 @dataclass(frozen=True)
 class Pix2SeqConfig:
     """Everything that fixes the shape of a Pix2Seq model."""
+    TASKS = "det", "seg", "kpt", "cap"
     image_size: tuple[int, int] = (640, 640)    # height and width of the padded image, in pixels
     encoder: str = "vit"                # vit or resnet: a transformer on patches or on a ResNet
     patch_size: int = 16                # side of a ViT patch, in pixels
@@ -254,7 +255,8 @@ class Decoder(nn.Module):
         self.bias = embedding(c.vocab_size) if c.output_bias else None
         self.position = Position(c.pos_encoding_dec, c.max_seq_len, 1, c.dec_dim)
         self.layers = nn.ModuleList(
-            Layer(c.dec_dim, c.dec_mlp, c.dec_heads, c.dec_dim, causal=True, **dropouts(c))
+            Layer(c.dec_dim, c.dec_mlp, c.dec_heads, context_dim=c.dec_dim, causal=True,
+                  **dropouts(c))
             for _ in range(c.dec_layers))
         self.norm = layer_norm(c.dec_dim)
 
@@ -316,14 +318,14 @@ class Pix2Seq(nn.Module):
         temperature, top_k, top_p: see `sample_token`; temperature 0 takes the likeliest token
         end:         token after which a sequence is padded; stops when all have ended. None: never
         return_logprobs: slice of the vocabulary whose log-probabilities are wanted at every step
-        suppress:    token that may be written, but in the result another stands in its place, drawn
-                     without it (2206.07669)
+        suppress:    token that may be written and read on, but in the result another stands in its
+                     place, drawn without it; no probability counts it (2206.07669)
         generator:   torch.Generator on the device of `context`, for results that repeat
         cache:       False decodes the whole prefix again for every token: for tests and timing
         """
         B, P, V = len(context), prompts.shape[-1], self.config.vocab_size
         if P + length > self.config.max_seq_len + 1:
-            raise ValueError(
+            raise ValueError(                           # the last token is never read
                 f"prompt of {P} and {length} tokens exceed max_seq_len {self.config.max_seq_len}")
         written = prompts.reshape(-1, P).repeat_interleave(samples, 0)      # (S, P)
         S, caches = len(written), None
@@ -405,7 +407,7 @@ def token_losses(logits, targets, smoothing=0.0):
 
 
 def token_loss(forward, batch, c):
-    """The weighted sum of the losses of a batch's tokens."""
+    """The weighted sum of the losses of a batch's tokens. c: a train.Config."""
     logits = forward(batch.images, batch.inputs)        # (B, [G,] T, V)
     losses = token_losses(logits, batch.targets, c.optim.label_smoothing)
     return (losses * batch.weights).sum()
@@ -744,6 +746,7 @@ class InterfaceConv(nn.Module):
 class RINConfig:
     """Everything that fixes the shape of a RIN. The defaults are the reference's for CIFAR-10,
     without labels."""
+    TASKS = "gen",
     sample_size: tuple[int, int] = (32, 32)     # height and width of what is denoised
     channels: int = 3                   # its channels
     frames: int = 1                     # its frames; 1: an image
@@ -934,6 +937,7 @@ class RIN(nn.Module):
 class UNetConfig:
     """Everything that fixes the shape of a UNet. The defaults are the reference's for CIFAR-10,
     without labels."""
+    TASKS = "gen",
     sample_size: tuple[int, int] = (32, 32)     # height and width of what is denoised
     channels: int = 3                   # its channels
     num_classes: int = 0                # labels, as condition (or features of that width); 0: none
@@ -1278,6 +1282,8 @@ class Device:
         self.fused = self.type != "mps"                 # whether AdamW may be fused
         self.pin = self.cuda                            # whether batches go through pinned memory
         self.asked = False                              # to stop
+        # tqdm's `disable`: bars are for the first process, None: if it has a terminal.
+        self.quiet = None if self.first else True
 
     def place(self, model):
         """The model, on this device."""

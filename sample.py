@@ -115,7 +115,8 @@ class Inputs:
 
 
 # --------------------------------------------------------------------------------------------------
-# PREDICT[task](model, inputs, c) -> a dict per record, what the model says about it
+# PREDICT[task](model, inputs, c) -> a dict per record, what the model says about it. The tasks of
+# objects share them: each adds its keys to the same dicts.
 
 def detect(model, inputs, c):
     """[{objects}]: the model's own, or the ones that `inputs` came with (2109.10852)."""
@@ -154,11 +155,11 @@ def read_objects(views, tokens, class_logprobs, c):
     id_of = {category["label"]: category["id"] for category in c.categories}
     corners = boxes.float().cpu().numpy().reshape(len(views), -1, 2, 2).astype(np.float64)
     found = []
-    for view, *rows in zip(views, corners, labels.tolist(), scores.tolist()):
-        rows[0] = view.to_image(rows[0]).clip((view.top, view.left), (view.bottom, view.right))
+    for view, yx, of_box, sure in zip(views, corners, labels.tolist(), scores.tolist()):
+        yx = view.to_image(yx).clip((view.top, view.left), (view.bottom, view.right))
         found.append([
             {"category_id": id_of[label], "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
-            for ((y0, x0), (y1, x1)), label, score in zip(rows[0].tolist(), *rows[1:])
+            for ((y0, x0), (y1, x1)), label, score in zip(yx.tolist(), of_box, sure)
             if score > 0 and label in id_of and y1 > y0 and x1 > x0])
     return found
 
@@ -511,7 +512,7 @@ def main():
         os.makedirs(options.out, exist_ok=True)
         args = argparse.Namespace(**vars(args) | vars(options))
         report = SHOW[tasks[0]](model, c, tasks, args, device.generator(options.seed))
-    except (FileNotFoundError, ImportError, ValueError) as e:
+    except (OSError, ImportError, ValueError) as e:
         sys.exit(f"error: {e}")
     report = json.loads(json.dumps(report), parse_float=lambda text: round(float(text), 4))
     print(json.dumps(report, indent=1))

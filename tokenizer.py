@@ -95,10 +95,10 @@ def dequantize(ints, bins):
     return ints.float() / (bins - 1)
 
 
-def with_prompt(prompt, targets):
-    """(..., T) targets -> (..., T) inputs: the prompt token, then all targets but the last."""
-    prompts = torch.full_like(targets[..., :1], prompt)
-    return torch.cat([prompts, targets[..., :-1]], -1)
+def with_prompt(prompt, sequence):
+    """(..., T) -> (..., T) input: the prompt token, then the sequence without its last token."""
+    prompts = torch.full_like(sequence[..., :1], prompt)
+    return torch.cat([prompts, sequence[..., :-1]], -1)
 
 
 # --------------------------------------------------------------------------------------------------

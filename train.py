@@ -82,7 +82,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How a run is run: nothing here changes its result; may change when it goes on."""
+    """How a run is run. Not the recipe: these may change when a run goes on."""
     out: str = ""                       # folder of the run (default: out/PRESET)
     fresh: bool = False                 # start again, moving an earlier run in that folder aside
     device: str = "auto"                # auto, cuda, mps or cpu
@@ -131,7 +131,7 @@ def train(c):
     device.catch_signals()
     model.train()
 
-    for step in range(start, c.optim.steps + 1):
+    for step in range(start, c.optim.steps + 1):        # the last turn only saves and evaluates
         # Save before anything that can fail, then evaluate.
         done, stopping = step == c.optim.steps, device.stopping(step)
         if step > start and (done or stopping or step % c.run.save_every == 0):
@@ -161,12 +161,13 @@ def train(c):
         totals = dict.fromkeys((task for task, _ in parts), 1e-9)
         for task, batch in parts:
             totals[task] = totals[task] + batch.weights.sum()
-        totals, losses = device.sum(totals), dict.fromkeys(totals, 0.0)
+        totals = device.sum(totals)
+        losses = dict.fromkeys(totals, 0.0)
         for n, (task, batch) in enumerate(parts, 1):
             with device.sync_only(forward, n == len(parts)):
                 with device.autocast():
                     loss = LOSS[task](forward, batch.to(device.device), c) / totals[task]
-                # Gradients are averaged over processes, but the parts of a loss add up.
+                # DDP averages gradients over processes, but the parts of a loss add up.
                 (loss * (device.world * task_weights[task])).backward()
             losses[task] = losses[task] + loss.detach()
 
@@ -233,7 +234,7 @@ def learning_rate(step, o):
 def batches_from(step, task, source, c, device):
     """Iterator over this process's batches of a task from a step on, c.run.accumulate per step."""
     batch = batch_sizes(c)[task]
-    positions = data.Positions(
+    positions = data.MicroBatches(
         step, c.optim.steps, batch, c.run.accumulate, device.rank, device.world)
     stream = data.TrainStream(source, task, c, c.optim.seed)
     collate, workers = data.collate(task, c), worker_count(c)
@@ -295,13 +296,11 @@ def batch_sizes(c):
 
 def check_tasks(c, device):
     """ValueError if tasks are unknown or not for this network, or batches cannot be shared out."""
-    sequences = isinstance(c.model, Pix2SeqConfig)
-    known = [task for task in LOSS if (LOSS[task] is token_loss) == sequences]
     for task in c.data.tasks:
-        if task not in known:
+        if task not in c.model.TASKS:
             raise ValueError(
                 f"--tasks={','.join(c.data.tasks)}: {task!r} is no task of "
-                f"{type(c.model).__name__}, expected some of {','.join(known)}")
+                f"{type(c.model).__name__}, expected some of {','.join(c.model.TASKS)}")
     if min(per_task(c, "task_starts", 0).values()) > 0:
         raise ValueError("--task_starts: expected a task that starts at step 0")
     per_task(c, "task_weights", 1.0)
@@ -312,19 +311,21 @@ def check_tasks(c, device):
                 f"{c.run.accumulate}")
 
 
+LENGTHS = {                                            # c -> tokens of a task's longest sequence
+    "det": lambda c: 5 * c.data.max_objects,
+    "seg": lambda c: 5 + 2 * c.data.max_points,
+    "kpt": lambda c: 5 + 2 * max(len(known.get("keypoints", ())) for known in c.categories),
+    "cap": lambda c: c.data.caption_length,
+}
+
+
 def check_sequences(c, source):
     """ValueError if sequences or vocabulary do not fit the network."""
-    counts = [len(category.get("keypoints", ())) for category in c.categories]
-    longest = {
-        "det": 5 * c.data.max_objects,
-        "seg": 5 + 2 * c.data.max_points,
-        "kpt": 5 + 2 * max(counts, default=0),
-        "cap": c.data.caption_length,
-    }
     most = c.model.max_seq_len
     for task in c.data.tasks:
-        if longest[task] > most:
-            raise ValueError(f"{task} sequences have {longest[task]} tokens, max_seq_len is {most}")
+        length = LENGTHS[task](c)
+        if length > most:
+            raise ValueError(f"{task} sequences have {length} tokens, max_seq_len is {most}")
     needed = c.vocab.text_end if "cap" in c.data.tasks else c.vocab.coord_shift + c.vocab.bins
     if needed > c.model.vocab_size:
         raise ValueError(f"vocab_size is {c.model.vocab_size}, the tokens need {needed}")
@@ -413,10 +414,9 @@ def evaluate_run(model, c, device, step, done):
     """Metrics on held-out data, and a picture of predictions in the run's folder."""
     stats_dir = c.sampling.stats_dir or c.run.out
     c = replace(c, sampling=replace(c.sampling, stats_dir=stats_dir))
-    batch_size = max(1, min(c.optim.batch_size // device.world, 100))
     boxes = "own" if "det" in c.data.tasks else "truth"
     metrics, _ = evaluate(
-        model, c, "val", device, boxes=boxes, batch_size=batch_size, workers=worker_count(c),
+        model, c, "val", device, boxes=boxes, workers=worker_count(c),
         limit=0 if done else c.run.eval_images)
     if device.first and c.run.pictures:
         stem = f"{c.run.out}/step_{step:07d}"
@@ -524,8 +524,8 @@ class Log:
             f"{c.run.out}: {count_parameters(model):,} parameters, {c.optim.steps} steps of "
             f"{images} images, on {device.world} x {device.name}"
             + (f", going on from step {start}" if start else ""))
-        quiet = None if device.first else True         # None: where there is no terminal
-        self.bar = tqdm(total=c.optim.steps, initial=start, disable=quiet, dynamic_ncols=True)
+        self.bar = tqdm(
+            total=c.optim.steps, initial=start, disable=device.quiet, dynamic_ncols=True)
         if not device.first:
             return
         if os.path.exists(self.path):                  # forget what came after the last checkpoint
@@ -956,17 +956,19 @@ preset(
 preset(
     "gen_video64_rin",
     "11 frames of 64 px after 5, sizes of 2212.11972 (Kinetics-600), optimisation ours; 32 GPUs",
-    like="gen_cifar10_rin",
-    model=RINConfig(
-        sample_size=(64, 64), frames=11, cond_frames=5, frame_stride=1, interface_patch=8,
-        latent_layers=(4, 4, 4, 4, 4, 4), latents=256, latent_dim=768, interface_dim=512,
-        interface_mlp_ratio=4, rw_heads=16, drop_path=0.0, dropout=0.0,
-    ),
+    like="gen_imagenet64_rin",
+    frames=11,
+    cond_frames=5,
+    frame_stride=1,
+    num_classes=0,
+    latent_layers=(4, 4, 4, 4, 4, 4),
+    latents=256,
     data="videos",
-    train_schedule="cosine",
-    lr=1e-3,
-    lr_schedule="cosine@0.7",
     flip=False,
+    train_schedule="cosine",
+    sample_steps=400,
+    lr=1e-3,
+    batch_size=256,
 )
 
 
@@ -1000,7 +1002,7 @@ def main():
         if args.bench:
             return bench(c)
         metrics = train(c)
-    except (DataError, ValueError, FileNotFoundError, FloatingPointError) as e:
+    except (DataError, ValueError, OSError, FloatingPointError) as e:
         sys.exit(f"error: {e}")
     finally:
         Device.close()
@@ -1055,8 +1057,7 @@ def bench(c):
     device.say(f"peak memory {device.memory_gb():.1f} GiB")
     model.eval()
     with torch.no_grad(), device.autocast():
-        bench_prediction = BENCH[c.data.tasks[0]]
-        bench_prediction(model, c, device, measure)
+        BENCH[c.data.tasks[0]](model, c, device, measure)
 
 
 def bench_sequences(model, c, device, measure):

@@ -407,7 +407,7 @@ def batches(workers, world=1, parts=1, start=0, steps=3, task="det", batch=8):
     )
     stream, loaded = TrainStream(Shapes("train"), task, c, seed=5), []
     for rank in range(world):
-        positions = data.Positions(start, steps, batch, parts, rank, world)
+        positions = data.MicroBatches(start, steps, batch, parts, rank, world)
         loaded.append(list(data.make_loader(stream, positions, data.collate(task, c), workers)))
     return loaded
 

@@ -441,7 +441,7 @@ def test_any_number_of_workers_gives_the_same_pixels_and_labels():
     stream = TrainStream(data.make_source(c, "train", "gen"), "gen", c, seed=0)
     collate = data.collate("gen", c)
     runs = [
-        list(data.make_loader(stream, data.Positions(start, 3, 4), collate, workers))
+        list(data.make_loader(stream, data.MicroBatches(start, 3, 4), collate, workers))
         for start, workers in ((0, 0), (0, 2), (1, 0))
     ]
     for batch in runs[0]:
