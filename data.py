@@ -57,7 +57,7 @@ class DataConfig:
     bad_boxes: str = "error"            # coco: empty boxes, or outside their image: error or drop
     max_shapes: int = 4                 # shapes: most shapes in a scene
     data_seed: int = 0                  # shapes: dataset seed
-    val_count: int = 500                # shapes: held-out scenes
+    val_count: int = 500                # shapes: held-out scenes, of val and of test
     max_objects: int = 100              # det: most objects in a sequence, noise boxes counted
     scale_min: float = 0.3              # det, cap: scale jitter, smallest image / canvas
     scale_max: float = 2.0              # det, cap: scale jitter, largest
@@ -166,13 +166,12 @@ def whole(image):
 
 
 def train_view(region, canvas, rng, scale_min, scale_max, flip):
-    """Scale jitter, then a random crop of the canvas's size, then a mirror (2109.10852, app. B). At
-    scale 1 the image just fits into the canvas."""
+    """Scale jitter (at 1 the image just fits into the canvas), a random crop of the canvas's size,
+    one random number for rows and columns, a mirror (2109.10852, app. B)."""
     origin = np.array(region[:2])
     size = region[2:] - origin
     scale = rng.uniform(scale_min, scale_max) * min(canvas / size)
     scaled = np.maximum((size * scale).astype(int), 1)
-    # One random number for rows and columns, as in the reference.
     offset = (rng.random() * np.maximum(scaled - canvas, 0)).astype(int)
     shown = np.minimum(canvas, scaled - offset)
     start = origin + offset * size / scaled
@@ -614,7 +613,8 @@ PER_PERSON = {"kpt"}                                   # one example per person,
 # sources
 
 def make_source(c, split, task="det"):
-    """The records of a configuration. split: train or val. DataError if it cannot be."""
+    """The records of a configuration. split: train, val (which chooses recipes) or test (which
+    reports, if the data have it). DataError if it cannot be."""
     check_split(split)
     choices = SOURCES[task]
     if c.data.data not in choices:
@@ -644,7 +644,8 @@ class Source:
         return self.person(i) if task in PER_PERSON else self[i]
 
 
-SPLITS = {"train": 0, "val": 1}
+SPLITS = {"train": 0, "val": 1, "test": 2}
+TWO_SPLITS = "train", "val"                            # of data that come without a test split
 # of each task COCO's name of the annotation file, our fields that name another, what it annotates
 COCO_FILES = {
     "det": ("instances", "json", "bbox"),
@@ -664,21 +665,21 @@ LAYOUTS = {                                            # what the user puts into
 }
 
 
-def check_split(split):
-    if split not in SPLITS:
-        raise DataError(f"unknown split {split!r}, expected one of {', '.join(SPLITS)}")
+def check_split(split, known=SPLITS):
+    if split not in known:
+        raise DataError(f"unknown split {split!r}, expected one of {', '.join(known)}")
 
 
 def shapes_source(c, split, task):
-    count = c.data.val_count if split == "val" else None
+    count = None if split == "train" else c.data.val_count
     return Shapes(split, max(c.model.image_size), c.data.max_shapes, c.data.data_seed, count)
 
 
 def coco_source(c, split, task):
     kind, field, _ = COCO_FILES[task]
     folder = c.data.data_dir
-    json_path = getattr(c.data, f"{split}_{field}")
-    images = getattr(c.data, f"{split}_images")
+    json_path = getattr(c.data, f"{split}_{field}", "")         # a test split is in data_dir
+    images = getattr(c.data, f"{split}_images", "")
     if not folder and not (json_path and images):
         raise DataError(
             f"data is 'coco': name a folder in COCO's layout with --data_dir, or --{split}_{field} "
@@ -690,7 +691,7 @@ def coco_source(c, split, task):
 
 def clips_source(c, split, task):
     frames, *size = clip_shape(c)
-    count = c.data.val_count if split == "val" else None
+    count = None if split == "train" else c.data.val_count
     return ShapeClips(split, max(size), frames, c.data.data_seed, count)
 
 
@@ -1299,6 +1300,7 @@ class PixelArrays(Source):
 def held_out(count, split, every):
     """Which of `count` items are a split's: every `every`-th is held out, beginning with the first,
     but never the only one."""
+    check_split(split, TWO_SPLITS)
     is_val = (np.arange(count) % every == 0) & (count > 1)
     return np.flatnonzero(is_val == (split == "val"))
 
@@ -1317,7 +1319,7 @@ def load_mnist(folder, split):
     """MNIST, or data in its format -> PixelArrays of (28, 28, 1). val is the t10k part; if no other
     is there, every tenth image of it is val and the others are train. DataError names the file and
     what was expected."""
-    check_split(split)
+    check_split(split, TWO_SPLITS)
     kinds = ("images?idx3-ubyte*", "labels?idx1-ubyte*")         # - or . before idx, maybe .gz
     train, t10k = ([find_file(folder, f"{part}-{kind}") for kind in kinds]
                    for part in ("train", "t10k"))
@@ -1363,7 +1365,7 @@ CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".
 def load_cifar10(folder, split):
     """CIFAR-10's binary version -> PixelArrays of (32, 32, 3); in the folder, or in the one of its
     archive in there. DataError names the file and what was expected."""
-    check_split(split)
+    check_split(split, TWO_SPLITS)
     names = [f"data_batch_{i}.bin" for i in range(1, 6)]
     rows = []                                          # label, then red, green, blue
     for name in names if split == "train" else ["test_batch.bin"]:

@@ -676,7 +676,7 @@ class EvalOptions:
     """What eval.py is asked for."""
     ckpt: str = ""                      # checkpoint or folder of a run; empty: the newest run
     task: str = "all"                   # some of det,seg,kpt,cap, or gen; all: all that it knows
-    split: str = "val"                  # val or train
+    split: str = "val"                  # val, train, or test: where recipes are not chosen
     boxes: str = ""                     # of seg and kpt: own detections, truth, or a results file
     limit: int = 0                      # only so many items of the split; 0: all
     truth: bool = False                 # score the encoded and decoded truth: a ceiling

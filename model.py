@@ -467,24 +467,30 @@ def dropouts(c):
 
 def initialize(model):
     """Glorot-uniform dense and convolution weights, zero biases; embeddings keep their truncated
-    normal (std 0.02). What a layer that starts at zero adds is nothing at first."""
-    for name, module in model.named_modules():
+    normal (std 0.02). Inputs and outputs are counted as the reference shapes its weights, an
+    attention's D x heads x size and heads x size x D: it decides how soon small networks learn."""
+    for module in model.modules():                      # each before its parts
+        if isinstance(module, Attention):
+            heads, size = module.heads, module.q.out_features // module.heads
+            for part in module.q, module.kv:
+                part.fans = part.in_features * (heads + size)
+            module.out.fans = heads * (size + module.out.out_features)
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            for weight in module.weight.chunk(2) if name.endswith(".kv") else [module.weight]:
-                nn.init.xavier_uniform_(weight)
             if module.bias is not None:
+                nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
             else:                      # a ResNet's: truncated normal of variance 1 / inputs
                 std = module.weight[0].numel() ** -0.5
                 edge = 2 * std / 0.87962566             # the cut leaves a deviation of std
                 nn.init.trunc_normal_(module.weight, std=edge / 2, a=-edge, b=edge)
-        if hasattr(module, "zero_at_start"):
-            nn.init.zeros_(module.weight)
+        if hasattr(module, "fans"):
+            limit = math.sqrt(6 / module.fans)
+            nn.init.uniform_(module.weight, -limit, limit)
 
 
 def starts_at_zero(layer):
-    """Marks a layer for `initialize`."""
-    layer.zero_at_start = True
+    """Marks a layer for `initialize`: it adds nothing at first."""
+    layer.fans = math.inf
     return layer
 
 
@@ -855,7 +861,8 @@ class RIN(nn.Module):
         self.grid = steps, rows, cols                           # of the patches that are predicted
         self.patch_shape = c.frame_stride, c.interface_patch, c.interface_patch, c.channels
         patch_dim = math.prod(self.patch_shape)
-        self.patch = nn.Linear(patch_dim, c.interface_dim)
+        self.patch = nn.Linear(patch_dim, c.interface_dim)      # a convolution in the reference
+        self.patch.fans = patch_dim // c.channels * (c.channels + c.interface_dim)
         self.patch_norm = layer_norm(c.interface_dim)
         self.interface_position = Position(
             c.interface_position, rows, cols, c.interface_dim, c.time_scaling, all_steps)

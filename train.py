@@ -66,7 +66,7 @@ class OptimConfig:
     steps: int = 0                      # length of training
     warmup_epochs: float = 0.0          # linear rise of the learning rate, if warmup_steps is 0
     warmup_steps: int = 0               # linear rise of the learning rate
-    optimizer: str = "adamw"            # adamw or lamb
+    optimizer: str = "adamw"            # adamw, lamb or muon
     lr: float = 3e-5                    # peak learning rate
     lr_schedule: str = "linear"         # linear, cosine, cosine@FRACTION, exp@RATE or none
     end_lr_factor: float = 0.01         # last learning rate / peak
@@ -96,6 +96,7 @@ class RunConfig:
     eval_every: int = 0                 # steps between evaluations; 0: only at the end
     eval_images: int = 0                # items of an evaluation while training; 0: all
     pictures: int = 8                   # held-out items drawn at each evaluation
+    target: float = 0.0                 # stop where AP50, exact or class_accuracy on val reaches it
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ LOSS = {
 
 def train(c):
     """Trains as `c` says; the same command goes on where it was interrupted.
-    Returns the last metrics {task: {name: number}}, None if it was asked to stop."""
+    Returns the last metrics {task: {name: number}}, None if it was asked to stop before."""
     device = Device(c.run.device, c.run.dtype, c.run.compile)       # cpu, cuda, mps; processes
     c, sources = prepare(c, device)                 # wrong input ends here, before the first step
     model = make_model(c, device)
@@ -359,55 +360,98 @@ def worker_count(c):
 
 
 def make_optimizer(named_parameters, o, fused=False):
-    """AdamW with decoupled decay, or LAMB, in groups: without decay go the parameters whose name
-    matches no_decay. The reference does not clip the gradient for LAMB; here clip_norm holds for
-    both."""
-    if o.optimizer not in ("adamw", "lamb"):
-        raise ValueError(f"unknown optimizer {o.optimizer!r}, expected adamw or lamb")
-    decayed, exempt = [], []
-    for name, parameter in named_parameters:
-        if parameter.requires_grad:
-            matches = o.no_decay and re.search(o.no_decay, name)
-            (exempt if matches else decayed).append(parameter)
+    """AdamW with decoupled decay, LAMB or Muon. Without decay go the parameters whose name matches
+    no_decay. The reference does not clip the gradient for LAMB; here clip_norm holds for all."""
+    makers = {"adamw": torch.optim.AdamW, "lamb": LAMB, "muon": Muon}
+    if o.optimizer not in makers:
+        raise ValueError(f"unknown optimizer {o.optimizer!r}, expected one of {', '.join(makers)}")
+    groups = {}                                        # (exempt, variables) -> parameters
+    for name, p in named_parameters:
+        if p.requires_grad:
+            exempt = bool(o.no_decay and re.search(o.no_decay, name))
+            plain = exempt if o.optimizer == "lamb" else p.ndim < 2 or not name.endswith(".weight")
+            variables = 0 if plain else 1 + (".kv." in name)           # keys and values are two
+            groups.setdefault((exempt, variables), []).append(p)
     groups = [
-        {"params": decayed, "weight_decay": o.weight_decay},
-        {"params": exempt, "weight_decay": 0.0},
-    ]
-    options = dict(lr=o.lr, betas=(o.beta1, o.beta2), eps=o.adam_eps)
-    if o.optimizer == "lamb":
-        groups[1]["scaled"] = False
-        return LAMB([group for group in groups if group["params"]], **options)
-    return torch.optim.AdamW([group for group in groups if group["params"]], **options, fused=fused)
+        {"params": params, "weight_decay": 0 if exempt else o.weight_decay, "variables": variables}
+        for (exempt, variables), params in groups.items()]
+    return makers[o.optimizer](
+        groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.adam_eps, fused=fused)
+
+
+def adam_update(p, state, group):
+    """What Adam subtracts from a parameter, decay included, before the learning rate."""
+    beta1, beta2 = group["betas"]
+    if not state:
+        state.update(step=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
+    state["step"] += 1
+    mean = state["mean"].lerp_(p.grad, 1 - beta1) / (1 - beta1 ** state["step"])
+    square = state["square"].lerp_(p.grad.square(), 1 - beta2) / (1 - beta2 ** state["step"])
+    return mean / (square.sqrt() + group["eps"]) + group["weight_decay"] * p
 
 
 class LAMB(torch.optim.Optimizer):
-    """Adam with the step of each parameter, decay included, scaled to the norm of the parameter
-    (1904.00962); a group with scaled=False takes Adam's. The reference scales keys and values
-    apart, which are one parameter in model.Attention."""
+    """Adam with the step of each variable, decay included, scaled to the norm of the variable
+    (1904.00962). A group says how many `variables` a parameter holds, side by side: keys and values
+    of model.Attention are two; 0 takes Adam's step."""
 
-    def __init__(self, params, lr, betas, eps):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=0.0, scaled=True))
+    def __init__(self, groups, **options):
+        super().__init__(groups, options)
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            beta1, beta2 = group["betas"]
+            n = group["variables"]
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                state = self.state[p]
-                if not state:
-                    state.update(step=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
-                state["step"] += 1
-                mean = state["mean"].lerp_(p.grad, 1 - beta1)
-                square = state["square"].lerp_(p.grad.square(), 1 - beta2)
-                mean = mean / (1 - beta1 ** state["step"])             # unbiased
-                square = square / (1 - beta2 ** state["step"])
-                update = mean / (square.sqrt() + group["eps"]) + group["weight_decay"] * p
-                if group["scaled"]:
-                    norm, length = p.norm(), update.norm()
-                    update *= torch.where((norm > 0) & (length > 0), norm / length, 1.0)
+                update = adam_update(p, self.state[p], group)
+                for variable, change in zip(p.chunk(n), update.chunk(n)) if n else ():
+                    norm, length = variable.norm(), change.norm()
+                    change *= torch.where((norm > 0) & (length > 0), norm / length, 1.0)
                 p.sub_(group["lr"] * update)
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum whose matrices are made orthogonal (Jordan 2024, kellerjordan.github.io),
+    as long as a step of Adam (2502.16982, section 2.2); tables and vectors take Adam's step."""
+
+    def __init__(self, groups, **options):
+        super().__init__(groups, options)
+
+    @torch.no_grad()
+    def step(self):
+        alike = {}                                     # matrices of one shape are done at once
+        for group in self.param_groups:
+            n = group["variables"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if not n:
+                    p.sub_(group["lr"] * adam_update(p, self.state[p], group))
+                    continue
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 0.05)
+                ahead = p.grad.lerp(momentum, 0.95).flatten(1)
+                for matrix, change in zip(p.chunk(n), ahead.chunk(n)):
+                    alike.setdefault(change.shape, []).append((matrix, change, group))
+        for rows in alike.values():
+            changes = orthogonal(torch.stack([change for _, change, _ in rows]))
+            for (matrix, _, group), change in zip(rows, changes):
+                change *= 0.2 * max(change.shape) ** 0.5
+                change = change.view_as(matrix) + group["weight_decay"] * matrix
+                matrix.sub_(group["lr"] * change)
+
+
+def orthogonal(x):
+    """Matrices (N, rows, columns) -> nearly the nearest ones with all singular values 1: five steps
+    of an odd polynomial that takes singular values from (0, 1] to about 1."""
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        square = x @ x.mT if x.shape[1] < x.shape[2] else x.mT @ x
+        change = -4.775 * square + 2.0315 * square @ square
+        x = 3.4445 * x + (change @ x if x.shape[1] < x.shape[2] else x @ change)
+    return x
 
 
 def evaluate_run(model, c, device, step, done):
@@ -417,7 +461,7 @@ def evaluate_run(model, c, device, step, done):
     boxes = "own" if "det" in c.data.tasks else "truth"
     metrics, _ = evaluate(
         model, c, "val", device, boxes=boxes, workers=worker_count(c),
-        limit=0 if done else c.run.eval_images)
+        limit=0 if done or c.run.target else c.run.eval_images)
     if device.first and c.run.pictures:
         stem = f"{c.run.out}/step_{step:07d}"
         draw = sample.PICTURE[c.data.tasks[0]]
@@ -511,6 +555,9 @@ def start_from(path, model, c):
 # --------------------------------------------------------------------------------------------------
 # the log
 
+QUOTED = "AP50", "exact", "class_accuracy"              # what a target is about
+
+
 class Log:
     """Lines for people on standard output, for programs in log.jsonl, for TensorBoard if it is
     installed; and what ends a run."""
@@ -518,6 +565,7 @@ class Log:
     def __init__(self, c, device, model, start):
         self.c, self.device, self.losses, self.warned = c, device, {}, set()
         self.path, self.board = f"{c.run.out}/log.jsonl", None
+        self.born, self.reached = time.time(), None
         self.restart(start)
         images = sum(batch_sizes(c).values())
         device.say(
@@ -602,13 +650,21 @@ class Log:
             values |= named
             shown |= dict([pair for pair in named.items() if isinstance(pair[1], float)][:3])
         self.write(step, values, shown)
+        numbers = metrics[self.c.data.tasks[0]]
+        quoted = next((name for name in QUOTED if name in numbers), None)
+        if quoted and 0 < self.c.run.target <= numbers[quoted]:
+            self.reached, self.device.asked = metrics, True
+            minutes = (time.time() - self.born) / 60
+            self.device.say(f"{quoted} {numbers[quoted]:.3f} after {minutes:.2f} minutes")
         firsts = [next(iter(numbers.values())) for numbers in metrics.values()]
         return sum(firsts) / len(firsts)
 
     def stopped(self, step):
+        """Says where the run stopped. Returns the metrics that reached the target, or None."""
         self.bar.close()
         self.device.say(f"stopped at step {step}, saved in {self.c.run.out}/last.pt; "
                         "the same command goes on from there")
+        return self.reached
 
 
 # --------------------------------------------------------------------------------------------------
@@ -645,7 +701,7 @@ def parts_of(c):
 preset(
     "det_shapes",
     "boxes of drawn shapes, 64 px",
-    result="AP50 0.89, AP 0.63 after 10 minutes on a busy machine",
+    result="AP50 0.99, AP 0.82 of 200 held-out scenes after 7 minutes on a busy machine",
     model=Pix2SeqConfig(
         image_size=(64, 64), patch_size=8,
         enc_layers=2, enc_dim=96, enc_mlp=192, enc_heads=4,
@@ -670,11 +726,12 @@ preset(
     caption_pad_weight=0.1,
     cap_top_p=0.4,
     workers=0,
-    steps=3600,
-    warmup_steps=400,
-    lr=2e-3,
+    optimizer="muon",
+    steps=1200,
+    warmup_steps=50,
+    lr=1e-2,
     beta2=0.999,
-    eval_every=1500,
+    eval_every=300,
     eval_images=100,
 )
 for task, about in (("seg", "polygons"), ("kpt", "keypoints of the figures"), ("cap", "captions")):

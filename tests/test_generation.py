@@ -106,7 +106,7 @@ def overfit(c, batch, steps, lr=3e-3):
     (TINY_UNET, dict(pred_type="x"), 300),
     (TINY_RIN, dict(pred_type="x", self_cond_rate=0.9, self_cond_masking=True), 500),
     (replace(TINY_UNET, channels=24, softmax_groups=3),
-     dict(bits="uint8", pred_type="x_softmax_xent", b_scale=0.5), 400),
+     dict(bits="uint8", pred_type="x_softmax_xent", b_scale=0.5), 600),
 ], ids=["unet", "rin-latent", "bits"])
 def test_a_batch_is_overfit_and_sampling_gives_it_back(model, fields, steps):
     c = recipe(model, sample_steps=20, sampler="ddim", **fields)

@@ -54,14 +54,13 @@ def test_a_drawn_image_is_a_function_of_seed_split_and_number():
     assert pixels("train", 3, 17).shape == (32, 32, 3)
     assert np.array_equal(pixels("train", 3, 17, frames=4), pixels("train", 3, 17, frames=4))
     assert not np.array_equal(pixels("train", 3, 17), pixels("train", 4, 17))
-    train, val = (
-        {ShapeClips(split)[i]["pixels"].tobytes() for i in range(200)}
-        for split in ("train", "val"))
-    assert len(train) == len(val) == 200 and not train & val
+    drawn = [
+        {ShapeClips(split)[i]["pixels"].tobytes() for i in range(200)} for split in data.SPLITS]
+    assert len(set.union(*drawn)) == 600               # no scene stands in two splits
     assert len(ShapeClips("val")) == 500 and len(ShapeClips("val", count=7)) == 7
     assert len(ShapeClips("train")) > 1 << 32
-    with pytest.raises(DataError, match="unknown split 'test'.*train, val"):
-        ShapeClips("test")
+    with pytest.raises(DataError, match="unknown split 'holdout'.*train, val, test"):
+        ShapeClips("holdout")
 
 
 def test_the_label_is_the_kind_that_is_drawn():
@@ -157,6 +156,8 @@ def test_idx_files_are_read_as_they_were_written(tmp_path, dot, ending):
 def test_the_t10k_files_alone_are_shared_out(tmp_path):
     pixels, labels = write_mnist(tmp_path, count=35)
     train, val = data.load_mnist(tmp_path, "train"), data.load_mnist(tmp_path, "val")
+    with pytest.raises(DataError, match="unknown split 'test', expected one of train, val"):
+        data.load_mnist(tmp_path, "test")
     assert np.array_equal(val.pixels, pixels[::10, ..., None]) and len(train) == 31
     rows = {p.tobytes(): label for p, label in zip(pixels, labels)}
     both = [

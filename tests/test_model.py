@@ -10,6 +10,7 @@ import torch.nn as nn
 from test_parity import FOLDER, Golden, pix2seq_config
 
 import model as m
+import train
 from model import (
     SIZES,
     Device,
@@ -29,6 +30,85 @@ def seeded(seed):
 def test_named_sizes_have_the_published_number_of_parameters(size, parameters):
     with torch.device("meta"):
         assert count_parameters(Pix2Seq(SIZES[size])) == parameters
+
+
+# --------------------------------------------------------------------------------------------------
+# initialisation
+
+def fans(network):
+    """{name of a weight: fan_in + fan_out} as the reference, whose attention weights are of shape
+    D x heads x size and heads x size x D, and whose RIN cuts patches with a convolution."""
+    expected = {}
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear):
+            expected[name] = sum(module.weight.shape)
+        elif isinstance(module, nn.Conv2d) and module.bias is not None:
+            outputs, inputs, height, width = module.weight.shape
+            expected[name] = height * width * (outputs + inputs)
+    for name, module in network.named_modules():
+        if isinstance(module, m.Attention):
+            heads, width = module.heads, len(module.q.weight)
+            size = width // heads
+            expected[f"{name}.q"] = module.q.in_features * (heads + size)
+            expected[f"{name}.kv"] = module.kv.in_features * (heads + size)
+            expected[f"{name}.out"] = heads * (size + module.out.out_features)
+    if isinstance(network, m.RIN):
+        area = network.patch.in_features // network.config.channels
+        expected["patch"] = area * (network.config.channels + network.patch.out_features)
+    return expected
+
+
+SMALL_RIN = train.PRESETS["gen_shapes_rin"].config.model
+SMALL_UNET = train.PRESETS["gen_shapes"].config.model
+
+
+@pytest.mark.parametrize("config", [
+    SIZES["vit_b"],
+    replace(SIZES["resnet50"], enc_layers=2, dec_layers=2),
+    replace(SMALL_RIN, conv_kernel=3),
+    replace(SMALL_RIN, frames=4, cond_frames=2, frame_stride=2, num_classes=0),
+    replace(SMALL_UNET, transformer_layers=2, transformer_dim=64, context_dim=48),
+], ids=["vit_b", "resnet50", "rin", "video_rin", "unet"])
+def test_every_weight_is_drawn_with_the_deviation_of_the_reference(config):
+    torch.manual_seed(0)
+    network = m.build(config)
+    expected, seen = fans(network), 0
+    for name, module in network.named_modules():
+        if name not in expected:
+            continue
+        zero = name.endswith(("conv_1", "pointwise_conv")) or name == "conv_out"
+        std = 0.0 if zero else (2 / expected[name]) ** 0.5
+        weight = module.weight.double()
+        # An estimate from n numbers is off by its own deviation, less than std / sqrt(n).
+        assert weight.std().item() == pytest.approx(std, rel=4 / weight.numel() ** 0.5), name
+        assert weight.abs().max() <= std * 3 ** 0.5 * 1.000001, name    # uniform
+        assert module.bias is None or (module.bias == 0).all(), name
+        seen += 1
+    assert seen > 20
+    # Tables of learned numbers: truncated normal at two deviations of 0.02, which leaves 0.88.
+    tables = {"decoder.embed", "latent_position.residual", "decoder.position.learned"}
+    for name, table in network.named_parameters():
+        if name in tables:
+            assert table.std().item() == pytest.approx(0.02 * 0.8796, rel=0.05), name
+            assert table.abs().max() <= 0.04
+
+
+def test_attention_deviations_are_the_published_ones():
+    """The numbers of the reference's own networks, to three digits."""
+    torch.manual_seed(0)
+    vit = Pix2Seq(SIZES["vit_b"])
+    rin = m.build(SMALL_RIN)
+    for weight, std in [
+        (vit.encoder.layers[0].self_att.q.weight, 0.00585),
+        (vit.encoder.layers[0].self_att.kv.weight, 0.00585),
+        (vit.encoder.layers[0].self_att.out.weight, 0.01415),
+        (vit.decoder.layers[0].cross_att.q.weight, 0.0090),
+        (vit.decoder.layers[0].cross_att.out.weight, 0.0152),
+        (rin.blocks[0].process[0].self_att.q.weight, 0.0208),
+        (rin.blocks[0].process[0].self_att.out.weight, 0.0559),
+        (rin.patch.weight, 0.0356),
+    ]:
+        assert weight.std().item() == pytest.approx(std, rel=0.03)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -74,8 +74,9 @@ def test_the_cores_are_read_in_half_an_hour():
     assert lines <= 2000 and tokens <= 16_000, (lines, tokens)
 
 
-def test_the_whole_house_has_at_most_50_000_tokens():
-    assert sum(len(token_lines(read(name))) for name in FILES) <= 50_000
+def test_the_whole_house_has_at_most_66_000_tokens():
+    """49,953 when it was rebuilt; all that is planned fits into this."""
+    assert sum(len(token_lines(read(name))) for name in FILES) <= 66_000
 
 
 def test_train_opens_with_its_configuration_and_the_loop():
