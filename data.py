@@ -43,7 +43,7 @@ class DataError(ValueError):
 @dataclass(frozen=True)
 class DataConfig:
     """Where data come from, and how they become examples."""
-    tasks: tuple[str, ...] = ("det",)   # what to learn: some of det,seg,kpt,cap; or gen
+    tasks: tuple[str, ...] = ("det",)   # what to learn: some of det,seg,kpt,cap; or gen; or ar
     data: str = "shapes"                # shapes, coco; gen: shapes, mnist, cifar10, images, videos
     data_dir: str = ""                  # coco: train2017/, val2017/, annotations/; gen: the files
     train_json: str = ""                # coco: instances for training, if not in data_dir
@@ -598,6 +598,7 @@ EXAMPLES = {
     "kpt": kpt_example,
     "cap": cap_example,
     "gen": gen_example,
+    "ar": gen_example,
 }
 COLLATE = {                                            # (stacked examples, c) -> fields of a Batch
     "det": det_batch,
@@ -605,6 +606,7 @@ COLLATE = {                                            # (stacked examples, c) -
     "kpt": kpt_batch,
     "cap": cap_batch,
     "gen": gen_batch,
+    "ar": gen_batch,
 }
 PER_PERSON = {"kpt"}                                   # one example per person, not per image
 
@@ -711,7 +713,7 @@ def files_source(c, split, task):
 
 SEQUENCE_SOURCES = {"shapes": shapes_source, "coco": coco_source}
 SOURCES = dict.fromkeys(("det", "seg", "kpt", "cap"), SEQUENCE_SOURCES)
-SOURCES["gen"] = {"shapes": clips_source} | dict.fromkeys(LAYOUTS, files_source)
+SOURCES["gen"] = SOURCES["ar"] = {"shapes": clips_source} | dict.fromkeys(LAYOUTS, files_source)
 
 
 # --------------------------------------------------------------------------------------------------

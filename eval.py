@@ -39,7 +39,7 @@ from tqdm import tqdm
 import data
 import sample
 import tokenizer
-from model import Device
+from model import Device, image_tokens
 from sample import PREDICT, Inputs, predict
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)             # times t at which the loss of generation is taken
@@ -130,7 +130,8 @@ def random_items(source, c):
     return np.concatenate(orders)[:count].tolist()
 
 
-ITEMS = dict.fromkeys(PREDICT, lambda source, c: range(len(source))) | {"gen": random_items}
+ITEMS = dict.fromkeys(PREDICT, lambda source, c: range(len(source)))
+ITEMS |= {"gen": random_items, "ar": random_items}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -198,11 +199,7 @@ def score_samples(predictions, source, c, device=None):
     first = c.model.cond_frames                        # where a clip's predicted frames begin
     loss = float(losses.mean())
     metrics = {"minus_loss": -loss, "loss": loss}
-    train = data.make_source(c, "train", "gen")
-    if c.sampling.proxy_classifier and train.classes:
-        metrics |= proxy_scores(pixels[:, first:], labels, source, train, c, device)
-    if c.sampling.inception:
-        metrics |= inception_scores(pixels[:, first:], train, c, device)
+    metrics |= quality(pixels[:, first:], labels, source, c, device)
     if first:
         items = random_items(source, c)
         past, guess = pixels[:, first - 1:first] / 255, pixels[:, first:] / 255
@@ -214,12 +211,51 @@ def score_samples(predictions, source, c, device=None):
     return metrics | {"samples": len(pixels)}
 
 
+def quality(pixels, labels, source, c, device):
+    """What the proxy classifier and the Inception network say of samples, where they are asked."""
+    train, scores = data.make_source(c, "train", c.data.tasks[0]), {}
+    if c.sampling.proxy_classifier and train.classes:
+        scores |= proxy_scores(pixels, labels, source, train, c, device)
+    if c.sampling.inception:
+        scores |= inception_scores(pixels, train, c, device)
+    return scores
+
+
+def score_written(predictions, source, c, device=None):
+    """How well an ImageAR predicts held-out images, and what its samples are like.
+
+    minus_bits, bits_per_dim   mean over the held-out items and their tokens
+    histogram_bits             the same if each pixel were known by how often each level stood at
+                               its place in training images: a ceiling
+    class_accuracy and so on   see `score_samples`
+    """
+    device = device or Device("cpu")
+    pixels, labels, bits = (
+        np.stack([p[key] for p in predictions.values()]) for key in ("pixels", "label", "bits"))
+    bits = float(bits.mean())
+    metrics = {"minus_bits": -bits, "bits_per_dim": bits}
+    metrics["histogram_bits"] = histogram_bits(source, c, len(pixels))
+    return metrics | quality(pixels, labels, source, c, device) | {"samples": len(pixels)}
+
+
+def histogram_bits(source, c, count):
+    train = data.make_source(c, "train", "ar")
+    seen, held = (
+        torch.from_numpy(real_pixels(s, c, n)[0]).movedim(-1, 1)
+        for s, n in ((train, PROXY_IMAGES), (source, count)))
+    seen, held = (image_tokens(pixels, c.model).flatten(1) for pixels in (seen, held))
+    counts = F.one_hot(seen, c.model.levels).sum(0) + 1                # (T, levels); none is 0
+    share = counts / counts.sum(1, keepdim=True)
+    return -share.log2().gather(1, held.T).mean().item()
+
+
 SCORE = {
     "det": partial(score_objects, "det"),
     "seg": partial(score_objects, "seg"),
     "kpt": partial(score_objects, "kpt"),
     "cap": score_captions,
     "gen": score_samples,
+    "ar": score_written,
 }
 
 
@@ -521,9 +557,9 @@ def real_pixels(source, c, count):
     """Pixels of at most `count` items, of clips the frames after the context frames, and their
     labels (N,); in a fixed random order, as files are often sorted. No image is mirrored."""
     still = replace(c, data=replace(c.data, flip=False))
-    stream = data.TrainStream(source, "gen", still, seed=0)
+    stream = data.TrainStream(source, c.data.tasks[0], still, seed=0)
     examples = [stream[i] for i in range(min(count, len(source)))]
-    batch = data.collate("gen", still)(examples)
+    batch = data.collate(c.data.tasks[0], still)(examples)
     for message in batch.skipped:
         warnings.warn(f"another image stands in the evaluation for {message}")
     return batch.targets.movedim(1, -1).numpy(), batch.cond["labels"].numpy()
@@ -765,6 +801,7 @@ WRITE = {
     "kpt": partial(write_objects, "kpt"),
     "cap": write_captions,
     "gen": write_samples,
+    "ar": write_samples,
 }
 
 

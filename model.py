@@ -84,10 +84,13 @@ class Attention(nn.Module):
         q = self.q(x).unflatten(2, (self.heads, -1))    # (B, T, nh, hs)
         return q.transpose(1, 2)                        # (B, nh, T, hs)
 
-    def forward(self, x, kv, causal=False):
+    def forward(self, x, kv, causal=0):
         q, (k, v) = self.query(x), kv                   # (B, nh, T, hs), (B, nh, N, hs)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout)
+        dropout, mask = self.dropout if self.training else 0.0, None
+        if causal > 1:                                  # of tokens in chunks, see Layer
+            chunk = torch.arange(x.shape[1], device=x.device) // causal
+            mask = chunk[:, None] >= chunk              # (T, T)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal == 1)
         return self.out(y.transpose(1, 2).flatten(2))   # (B, T, dim)
 
     def weights(self, x, kv):
@@ -112,12 +115,12 @@ class MLP(nn.Module):
 
 class Layer(nn.Module):
     """A transformer layer: self-attention, cross-attention if there is a context, an MLP if
-    mlp_dim; each pre-norm. att_dim: width of the cross-attention (default: dim). context_norm: a
-    LayerNorm on the context, too."""
+    mlp_dim; each pre-norm. causal: no token sees later ones; or n: later chunks of n tokens.
+    att_dim: width of the cross-attention (default: dim). context_norm: a LayerNorm on it, too."""
     checkpointing = False                               # recompute activations in the backward pass
 
     def __init__(
-            self, dim, mlp_dim, heads, context_dim=None, causal=False, drop_path=0.0, dropout=0.0,
+            self, dim, mlp_dim, heads, context_dim=None, causal=0, drop_path=0.0, dropout=0.0,
             att_dropout=0.0, self_attention=True, att_dim=None, context_norm=False):
         super().__init__()
         self.causal = causal
@@ -143,7 +146,7 @@ class Layer(nn.Module):
             kv = self.self_att.project(y)               # (2, S, nh, T, hs)
             if cache is not None:
                 kv = cache.append(kv)
-            causal = self.causal and x.shape[1] > 1
+            causal = self.causal if x.shape[1] > self.causal else 0
             x = x + self.drop_path(self.self_att(y, kv, causal))
         if hasattr(self, "cross_att"):
             kv = self.project_context(context) if cache is None else cache.context
@@ -157,19 +160,90 @@ class Layer(nn.Module):
 
 
 class Cache:
-    """Keys and values of one decoder layer: of the image, and of the tokens written so far."""
+    """Keys and values of one layer: of its context, if it has one, and of the tokens up to now, of
+    which there will be at most `most`."""
 
-    def __init__(self, layer, context, sequences, length):
-        self.context = layer.project_context(context)
-        _, _, heads, _, hs = self.context.shape
-        self.written = self.context.new_empty(2, sequences, heads, length, hs)
-        self.length = 0
+    def __init__(self, layer, context, most=0):
+        self.context = None if context is None else layer.project_context(context)
+        self.written, self.most, self.length = None, most, 0
 
     def append(self, kv):
         """Keys and values of new tokens (2, S, nh, T, hs) -> those of all tokens up to now."""
+        if self.written is None:
+            self.written = kv.new_empty(*kv.shape[:3], self.most, kv.shape[4])
         start, self.length = self.length, self.length + kv.shape[3]
         self.written[:, :, :, start:self.length] = kv
         return self.written[:, :, :, :self.length]
+
+
+# --------------------------------------------------------------------------------------------------
+# FIT, Far-reaching Interleaved Transformer (2305.12689): layers over groups, reads and writes
+
+class FITBlock(nn.Module):
+    """The tokens x of a group attend to each other; a few latents of the group read them; the
+    latents of all groups attend to each other; the tokens read the latents of their group.
+
+    local, processing: layers of tokens, of latents; without the latter a block ends after the first
+    causal: latents of a group, if no group may see later ones: then tokens read the group before
+    last: whether nothing is written back. cond: whether latents also read extra tokens
+    """
+
+    def __init__(
+            self, local, processing, dim, latent_dim, heads, latent_heads, mlp_ratio, causal=0,
+            last=False, cond=False, read_mlp=False, context_norm=True, self_attention=True,
+            **rates):
+        super().__init__()
+        self.causal, self.read = causal, None
+        self.local = nn.ModuleList(
+            Layer(dim, mlp_ratio * dim, heads, causal=min(causal, 1),
+                  self_attention=self_attention, **rates)
+            for _ in range(local))
+        self.process = nn.ModuleList(
+            Layer(latent_dim, mlp_ratio * latent_dim, latent_heads, causal=causal, **rates)
+            for _ in range(processing))
+        attend = partial(Layer, self_attention=False, context_norm=context_norm)
+        between = dict(heads=min(heads, latent_heads), att_dim=min(dim, latent_dim))
+        if processing:
+            hidden = mlp_ratio * latent_dim * read_mlp
+            self.read = attend(latent_dim, hidden, context_dim=dim, **between)
+        self.read_cond = self.write = None
+        if processing and cond:
+            self.read_cond = attend(latent_dim, 0, latent_heads, context_dim=latent_dim)
+        if processing and not last:
+            hidden = mlp_ratio * dim * read_mlp
+            self.write = attend(dim, hidden, context_dim=latent_dim, **between)
+
+    def forward(self, x, latents, cond=None):
+        """x (B, G, N, dim), latents (B, G, M, latent_dim), and extra tokens (B, K, latent_dim)."""
+        groups, x = x.shape[:2], x.flatten(0, 1)        # (B G, N, dim)
+        for layer in self.local:
+            x = layer(x)
+        if self.read is not None:
+            latents = self.read(latents.flatten(0, 1), x)                   # (B G, M, latent_dim)
+            latents = latents.unflatten(0, groups).flatten(1, 2)            # (B, G M, latent_dim)
+            if self.read_cond is not None:
+                latents = self.read_cond(latents, cond)
+            for layer in self.process:
+                latents = layer(latents)
+            latents = latents.unflatten(1, (groups[1], -1))                 # (B, G, M, latent_dim)
+        if self.write is not None:
+            known = latents
+            if self.causal:
+                known = torch.cat([torch.zeros_like(latents[:, :1]), latents[:, :-1]], 1)
+            x = self.write(x, known.flatten(0, 1))
+        return x.unflatten(0, groups), latents
+
+
+def fit_blocks(layers, **options):
+    """"(2)4(1)" -> FITBlocks of 2 local layers and 4 of latents, and of 1 local layer."""
+    if not re.fullmatch(r"(\(\d+\)[1-9]\d*)*\(\d+\)\d*", layers):
+        raise ValueError(
+            f"fit_layers {layers!r}: expected local layers in brackets, layers of latents behind "
+            "them, and so on, as in '(2)4(2)4' or '(2)4(2)'")
+    counts = re.findall(r"\((\d+)\)(\d*)", layers)
+    return nn.ModuleList(
+        FITBlock(int(local), int(processing or 0), last=n == len(counts), **options)
+        for n, (local, processing) in enumerate(counts, 1))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -180,16 +254,21 @@ class Pix2SeqConfig:
     """Everything that fixes the shape of a Pix2Seq model."""
     TASKS = "det", "seg", "kpt", "cap"
     image_size: tuple[int, int] = (640, 640)    # height and width of the padded image, in pixels
-    encoder: str = "vit"                # vit or resnet: a transformer on patches or on a ResNet
+    encoder: str = "vit"                # vit, resnet: a transformer on patches, a ResNet; or fit
     patch_size: int = 16                # side of a ViT patch, in pixels
     resnet_variant: str = "standard"    # output stride 32: standard; 16: c4 or dc5 (dilated); 8: c3
     resnet_depth: int = 50              # layers of the whole ResNet: 50, 101 or 152
     resnet_width: float = 1.0           # factor on the channels of the ResNet
     freeze_bn: bool = False             # train neither statistics nor scales of batch norm
-    enc_layers: int = 12                # encoder: transformer layers
+    enc_layers: int = 12                # encoder: transformer layers; of a fit see fit_layers
     enc_dim: int = 768                  # encoder: width
     enc_mlp: int = 3072                 # encoder: hidden width of an MLP
     enc_heads: int = 12                 # encoder: attention heads
+    fit_layers: str = "(2)4(2)4"        # fit: (local layers) layers of latents, and so on
+    fit_grid: int = 2                   # fit: groups are the cells of such a grid over the image
+    fit_copies: int = 1                 # fit: more groups, each the whole image as small as a cell
+    fit_latents: int = 32               # fit: latents of a group
+    fit_latent_dim: int = 768           # fit: their width
     pos_encoding: str = "sin_cos"       # position of an image patch: sin_cos or learned
     cls_token: bool = False             # prepend a learned token to the patches
     projection: str = "mlp"             # to the decoder: linear, linear_p (+ position), mlp (+ MLP)
@@ -213,7 +292,7 @@ class Encoder(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        check_choice(c.encoder, ("vit", "resnet"), "encoder")
+        check_choice(c.encoder, ("vit", "resnet", "fit"), "encoder")
         if c.encoder == "vit":         # pixels beyond the last whole patch are not seen: 5 of 1333
             self.patch = nn.Conv2d(3, c.enc_dim, c.patch_size, c.patch_size)
             self.grid = tuple(side // c.patch_size for side in c.image_size)
@@ -248,15 +327,14 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Tokens (S, T) and encoded images (B, N, dec_dim) -> logits (S, T, V) of each next token."""
 
-    def __init__(self, c):
+    def __init__(self, c, context_dim):
         super().__init__()
         self.embed = embedding(c.vocab_size, c.dec_dim)
         self.unembed = self.embed if c.shared_embedding else embedding(c.vocab_size, c.dec_dim)
         self.bias = embedding(c.vocab_size) if c.output_bias else None
         self.position = Position(c.pos_encoding_dec, c.max_seq_len, 1, c.dec_dim)
         self.layers = nn.ModuleList(
-            Layer(c.dec_dim, c.dec_mlp, c.dec_heads, context_dim=c.dec_dim, causal=True,
-                  **dropouts(c))
+            Layer(c.dec_dim, c.dec_mlp, c.dec_heads, context_dim, causal=True, **dropouts(c))
             for _ in range(c.dec_layers))
         self.norm = layer_norm(c.dec_dim)
 
@@ -281,19 +359,25 @@ class Pix2Seq(nn.Module):
         super().__init__()
         c = self.config = config
         check_choice(c.projection, ("linear", "linear_p", "mlp"), "projection")
-        self.encoder = Encoder(c)
+        self.encoder = FITEncoder(c) if c.encoder == "fit" else Encoder(c)
+        if c.encoder == "fit":                          # the decoder attends to what it says
+            self.decoder = Decoder(c, self.encoder.dim)
+            return initialize(self)
         self.proj, self.proj_norm = nn.Linear(c.enc_dim, c.dec_dim), layer_norm(c.dec_dim)
         if c.projection != "linear":
             self.proj_position = Position(c.pos_encoding, *self.encoder.grid, c.dec_dim)
         if c.projection == "mlp":
             ratio = c.enc_mlp // c.enc_dim              # the encoder's, as in the reference
             self.proj_mlp = MLP(c.dec_dim, ratio * c.dec_dim, c.drop_path, c.dropout)
-        self.decoder = Decoder(c)
+        self.decoder = Decoder(c, c.dec_dim)
         initialize(self)
 
     def encode(self, images):
         """(B, 3, H, W) float in [0, 1] -> (B, N, dec_dim), what the decoder attends to."""
-        x = self.proj_norm(self.proj(self.encoder(images)))                 # (B, N, dec_dim)
+        x = self.encoder(images)                        # (B, N, enc_dim)
+        if self.config.encoder == "fit":
+            return x
+        x = self.proj_norm(self.proj(x))                # (B, N, dec_dim)
         if self.config.projection != "linear":
             n = math.prod(self.encoder.grid)            # a class token has no position
             x = torch.cat([x[:, :-n], self.proj_position(x[:, -n:])], 1)
@@ -330,7 +414,7 @@ class Pix2Seq(nn.Module):
         written = prompts.reshape(-1, P).repeat_interleave(samples, 0)      # (S, P)
         S, caches = len(written), None
         if cache:
-            caches = [Cache(layer, context, S, P + length) for layer in self.decoder.layers]
+            caches = [Cache(layer, context, P + length) for layer in self.decoder.layers]
         draw = partial(
             sample_token, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
         tokens = written.new_zeros(S, length)
@@ -354,21 +438,6 @@ class Pix2Seq(nn.Module):
                     break
             new = token[:, None] if cache else torch.cat([new, token[:, None]], 1)
         return Generated(*(x.unflatten(0, (B, S // B)) for x in (tokens, probs, logprobs)))
-
-    @torch.no_grad()
-    def attention_maps(self, context, tokens):
-        """Where the decoder looks: (1, N, dec_dim) and input tokens (1, T) -> (T, N), per next
-        token the cross-attention to the encoded image, averaged over layers and heads."""
-        maps = []
-
-        def look(attention, args, _):
-            maps.append(attention.weights(*args).mean(1)[0])
-
-        with contextlib.ExitStack() as hooks:
-            for layer in self.decoder.layers:
-                hooks.enter_context(layer.cross_att.register_forward_hook(look))
-            self.decoder(tokens, context)
-        return torch.stack(maps).mean(0)
 
 
 def filter_logits(logits, top_k=0, top_p=1.0):
@@ -414,7 +483,23 @@ def token_loss(forward, batch, c):
 
 
 # ==== reference ===================================================================================
-# small parts: position codes, stochastic depth, initialisation, checks
+# small parts: attention maps, position codes, stochastic depth, initialisation, checks
+
+@torch.no_grad()
+def attention_maps(model, context, tokens):
+    """Where the decoder of a Pix2Seq looks: (1, N, dim) and input tokens (1, T) -> (T, N), per next
+    token the cross-attention to the encoded image, averaged over layers and heads."""
+    maps = []
+
+    def look(attention, args, _):
+        maps.append(attention.weights(*args).mean(1)[0])
+
+    with contextlib.ExitStack() as hooks:
+        for layer in model.decoder.layers:
+            hooks.enter_context(layer.cross_att.register_forward_hook(look))
+        model.decoder(tokens, context)
+    return torch.stack(maps).mean(0)
+
 
 def sincos(coords, dim):
     """Coordinates (...) -> their codes (..., dim): all sines, then all cosines."""
@@ -938,6 +1023,339 @@ class RIN(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
+# FIT as an encoder of images, and as a denoiser (2305.12689)
+
+def to_cells(x, side):
+    """(B, C, H, W) -> (B, side * side, C, H / side, W / side), row by row."""
+    x = x.unflatten(3, (side, -1)).unflatten(2, (side, -1))                 # (B, C, s, h, s, w)
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+
+
+def from_cells(cells, side):
+    """The inverse of `to_cells`."""
+    x = cells.unflatten(1, (side, side)).permute(0, 3, 1, 4, 2, 5)          # (B, C, s, h, s, w)
+    return x.flatten(4, 5).flatten(2, 3)
+
+
+class FITEncoder(nn.Module):
+    """An Encoder whose groups are the cells of a grid over the image, and small copies of all of
+    it. Its output are the latents, or where `fit_layers` ends with local layers, the tokens."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.cells, self.copies, self.patch_size = c.fit_grid, c.fit_copies, c.patch_size
+        for side in c.image_size:
+            check_multiple(side, "image_size", c.fit_grid * c.patch_size, "fit_grid * patch_size")
+        rows, cols = (side // c.fit_grid // c.patch_size for side in c.image_size)
+        groups = c.fit_grid ** 2 + c.fit_copies
+        self.grid, self.groups = (rows, cols), (groups, c.fit_latents)
+        self.patch = nn.Linear(3 * c.patch_size ** 2, c.enc_dim)
+        self.patch_norm = layer_norm(c.enc_dim)
+        self.position = Position(c.pos_encoding, rows * cols, 1, c.enc_dim, 1000)
+        self.latent_position = Position(c.pos_encoding, *self.groups, c.fit_latent_dim, 1000)
+        self.blocks = fit_blocks(
+            c.fit_layers,
+            dim=c.enc_dim,
+            latent_dim=c.fit_latent_dim,
+            heads=c.enc_heads,
+            latent_heads=c.enc_heads,
+            mlp_ratio=c.enc_mlp // c.enc_dim,
+            **dropouts(c),
+        )
+        self.norm, self.latent_norm = layer_norm(c.enc_dim), layer_norm(c.fit_latent_dim)
+        self.ends_local = self.blocks[-1].read is None
+        self.dim = c.enc_dim if self.ends_local else c.fit_latent_dim
+        unused = self.latent_norm if self.ends_local else self.norm         # checkpoints have both
+        unused.requires_grad_(False)
+
+    def forward(self, images):
+        cells = to_cells(images, self.cells)            # (B, cells, 3, h, w)
+        small = F.interpolate(images, cells.shape[-2:], mode="bilinear")[:, None]
+        groups = torch.cat([small] * self.copies + [cells], 1)              # (B, G, 3, h, w)
+        patches = to_patches(groups.flatten(0, 1), (1, self.patch_size, self.patch_size, 3))
+        x = self.position(self.patch_norm(self.patch(patches)))             # (B G, N, D)
+        x = x.unflatten(0, groups.shape[:2])
+        latents = self.latent_position.table().unflatten(0, self.groups)
+        latents = latents.expand(len(x), -1, -1, -1)         # (B, G, M, latent_dim)
+        for block in self.blocks:
+            x, latents = block(x, latents)
+        out = self.norm(x) if self.ends_local else self.latent_norm(latents)
+        return out.flatten(1, 2)                        # (B, N, dim)
+
+
+@dataclass(frozen=True)
+class FITConfig:
+    """Everything that fixes the shape of a FIT that denoises images."""
+    TASKS = "gen",
+    sample_size: tuple[int, int] = (64, 64)     # height and width of what is denoised
+    channels: int = 3                   # its channels
+    num_classes: int = 0                # labels, as condition (or features of that width); 0: none
+    self_cond: str = "latent"           # of the last call: none or latent
+    fit_layers: str = "(2)4(2)4(2)"     # (local layers) layers of latents, and so on
+    fit_grid: int = 4                   # groups are the cells of such a grid over the image
+    fit_patch: int = 4                  # side of the patch that becomes a token
+    fit_dim: int = 512                  # tokens: width
+    fit_heads: int = 8                  # tokens: attention heads
+    fit_local_attention: bool = True    # whether tokens attend to each other; else MLPs alone
+    fit_latents: int = 16               # latents of a group
+    fit_latent_dim: int = 768           # latents: width
+    fit_latent_heads: int = 12          # latents: attention heads
+    fit_mlp_ratio: int = 4              # hidden width of an MLP / width
+    fit_read_mlp: bool = False          # an MLP after tokens and latents have read each other
+    fit_context_norm: bool = True       # a LayerNorm on what is read, too
+    fit_position: str = "learned"       # of tokens in a group, and of latents: learned or sin_cos
+    cond_proj: bool = True              # a dense layer on the condition; else it has that width
+    drop_path: float = 0.0              # fraction of residual branches left out in training
+    dropout: float = 0.0                # fraction of MLP units left out in training
+    att_dropout: float = 0.0            # fraction of attention weights left out in training
+
+    cond_frames = softmax_groups = 0    # a FIT denoises no videos and predicts no logits
+
+    @property
+    def sample_shape(self):
+        return self.channels, *self.sample_size
+
+
+class FIT(nn.Module):
+    """FIT as a denoiser (2305.12689): groups are the cells of a grid over the image; time and
+    condition are tokens that all latents read."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        check_choice(c.self_cond, ("none", "latent"), "self_cond")
+        for side in c.sample_size:
+            check_multiple(side, "sample_size", c.fit_grid * c.fit_patch, "fit_grid * fit_patch")
+        rows, cols = (side // c.fit_grid // c.fit_patch for side in c.sample_size)
+        self.grid, self.groups = (1, rows, cols), (c.fit_grid ** 2, c.fit_latents)
+        self.patch_shape = 1, c.fit_patch, c.fit_patch, c.channels
+        self.patch = nn.Linear(math.prod(self.patch_shape), c.fit_dim)
+        self.patch_norm = layer_norm(c.fit_dim)
+        self.position = Position(c.fit_position, rows * cols, 1, c.fit_dim, 1000)
+        self.latent_position = Position(c.fit_position, *self.groups, c.fit_latent_dim, 1000)
+        self.time_emb = ScalarEmbedding(c.fit_latent_dim, 1000, normalize=True)
+        self.cond_proj = nn.Identity()
+        if c.num_classes and c.cond_proj:
+            self.cond_proj = nn.Linear(c.num_classes, c.fit_latent_dim)
+        self.latent_prev = WarmStart(c.fit_latent_dim, c.fit_mlp_ratio, c.self_cond == "latent")
+        self.blocks = fit_blocks(
+            c.fit_layers,
+            dim=c.fit_dim,
+            latent_dim=c.fit_latent_dim,
+            heads=c.fit_heads,
+            latent_heads=c.fit_latent_heads,
+            mlp_ratio=c.fit_mlp_ratio,
+            cond=True,
+            read_mlp=c.fit_read_mlp,
+            context_norm=c.fit_context_norm,
+            self_attention=c.fit_local_attention,
+            **dropouts(c),
+        )
+        self.norm = layer_norm(c.fit_dim)
+        self.output = nn.Linear(c.fit_dim, math.prod(self.patch_shape))
+        initialize(self)
+
+    def forward(self, x, gamma, self_cond=None, labels=None):
+        """A denoiser of diffusion.py.
+
+        x:         (B, channels, *sample_size)
+        gamma:     (B,) float, signal level of x
+        self_cond: the hidden state that an earlier call returned; None is the same as zeros
+        labels:    (B,) int64, -1 for none; or float features in their place, (B, num_classes) or
+                   (B, S, num_classes)
+        Returns the prediction, shaped like x, and the hidden state: latents (B, G, M, latent_dim).
+        """
+        c = self.config
+        check_inputs(c, x, labels)
+        cond = self.time_emb(gamma)[:, None]                    # (B, 1, latent_dim)
+        if c.num_classes:
+            token = self.cond_proj(one_hot_labels(labels, c.num_classes, x))
+            cond = torch.cat([cond, token.view(len(x), -1, c.fit_latent_dim)], 1)
+        cells = to_cells(x, c.fit_grid)                         # (B, G, C, h, w)
+        tokens = self.patch(to_patches(cells.flatten(0, 1), self.patch_shape))      # (B G, N, D)
+        tokens = self.position(self.patch_norm(tokens)).unflatten(0, cells.shape[:2])
+        latents = self.latent_position.table().unflatten(0, self.groups)
+        latents = self.latent_prev(latents.expand(len(x), -1, -1, -1), *(self_cond or ()))
+        for block in self.blocks:
+            tokens, latents = block(tokens, latents, cond)
+        out = self.output(self.norm(tokens)).flatten(0, 1)      # (B G, N, p * p * C)
+        out = from_patches(out, self.grid, self.patch_shape, cells.flatten(0, 1).shape)
+        return from_cells(out.view(cells.shape), c.fit_grid), (latents,)
+
+
+# --------------------------------------------------------------------------------------------------
+# ImageAR: an image written pixel by pixel
+
+@dataclass(frozen=True)
+class ImageARConfig:
+    """Everything that fixes the shape of an ImageAR."""
+    TASKS = "ar",
+    sample_size: tuple[int, int] = (64, 64)     # height and width of an image
+    channels: int = 3                   # its colours
+    levels: int = 256                   # of a colour: tokens in the vocabulary
+    num_classes: int = 0                # labels, as condition; 0: none
+    fit_layers: str = "(2)4(2)4(2)"     # (local layers) layers of latents, and so on
+    fit_patch: int = 8                  # side of the patch whose tokens are a group; 0: one group
+    fit_dim: int = 512                  # tokens: width
+    fit_heads: int = 8                  # tokens: attention heads
+    fit_latents: int = 16               # latents of a group
+    fit_latent_dim: int = 768           # latents: width
+    fit_latent_heads: int = 12          # latents: attention heads
+    fit_mlp_ratio: int = 4              # hidden width of an MLP / width
+    fit_position: str = "learned"       # of tokens in a group, and of latents: learned or sin_cos
+    shared_embedding: bool = False      # one matrix embeds tokens and scores them
+    output_bias: bool = True            # a bias on the scores of the tokens
+    drop_path: float = 0.0              # fraction of residual branches left out in training
+    dropout: float = 0.0                # fraction of MLP units left out in training
+    att_dropout: float = 0.0            # fraction of attention weights left out in training
+
+    cond_frames = softmax_groups = 0    # no videos
+
+    @property
+    def sample_shape(self):
+        return self.channels, *self.sample_size
+
+    @property
+    def patch_size(self):
+        """Height and width of a group."""
+        return (self.fit_patch, self.fit_patch) if self.fit_patch else self.sample_size
+
+
+def image_tokens(pixels, c):
+    """uint8 (B, C, H, W) -> int64 (B, G, N): a group per patch, those of every other row from right
+    to left, so that each lies beside the last; in it pixels row by row, of each its colours."""
+    (h, w), levels = c.patch_size, pixels.long() * c.levels // 256
+    x = levels.unflatten(3, (-1, w)).unflatten(2, (-1, h))      # (B, C, rows, h, cols, w)
+    x = x.permute(0, 2, 4, 3, 5, 1).clone()                     # (B, rows, cols, h, w, C)
+    x[:, 1::2] = x[:, 1::2].flip(2)
+    return x.flatten(3).flatten(1, 2)
+
+
+def token_image(tokens, c):
+    """The inverse of `image_tokens`, up to what levels cannot tell apart."""
+    (h, w), (H, W) = c.patch_size, c.sample_size
+    x = tokens.view(-1, H // h, W // w, h, w, c.channels).clone()
+    x[:, 1::2] = x[:, 1::2].flip(2)
+    x = x.permute(0, 5, 1, 3, 2, 4).reshape(-1, c.channels, H, W)
+    return ((2 * x + 1) * 128 // c.levels).byte()               # the middle of a level
+
+
+class ImageAR(nn.Module):
+    """A causal FIT over the tokens of an image (2305.12689, section 3.3): a token sees those before
+    it in its group, and latents of the groups before. With one group, a plain decoder."""
+    RENAMES = [(r"^decoder/layers/", "blocks/0/local/"), (r"^decoder/", "")]
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        check_choice(c.levels, range(2, 257), "levels")
+        for side, patch in zip(c.sample_size, c.patch_size):
+            check_multiple(side, "sample_size", patch, "fit_patch")
+        tokens = math.prod(c.patch_size) * c.channels
+        self.groups = math.prod(c.sample_shape) // tokens, c.fit_latents
+        self.embed = embedding(c.levels, c.fit_dim)
+        self.unembed = self.embed if c.shared_embedding else embedding(c.levels, c.fit_dim)
+        self.bias = embedding(c.levels) if c.output_bias else None
+        self.label_proj = nn.Linear(c.num_classes, c.fit_dim) if c.num_classes else None
+        self.position = Position(c.fit_position, tokens, 1, c.fit_dim, 1000)
+        self.blocks = fit_blocks(
+            c.fit_layers,
+            dim=c.fit_dim,
+            latent_dim=c.fit_latent_dim,
+            heads=c.fit_heads,
+            latent_heads=c.fit_latent_heads,
+            mlp_ratio=c.fit_mlp_ratio,
+            causal=c.fit_latents,
+            **dropouts(c),
+        )
+        self.latent_position = None
+        if self.blocks[0].read is not None:
+            self.latent_position = Position(c.fit_position, *self.groups, c.fit_latent_dim, 1000)
+        self.norm = layer_norm(c.fit_dim)
+        initialize(self)
+
+    def start(self, tokens, labels, first=0):
+        """Tokens before (B, ..., n) and labels -> what the first layer sees (B, ..., n, D), where
+        the n positions begin with the `first` of their group."""
+        x = F.embedding(tokens, self.embed) + self.position.table()[first:first + tokens.shape[-1]]
+        if self.label_proj is not None:
+            label = self.label_proj(one_hot_labels(labels, self.config.num_classes, tokens))
+            x = x + label.view(len(x), *[1] * (x.ndim - 2), -1)
+        return x
+
+    def latents(self, count):
+        """The start of the latents of `count` images (B, G, M, latent_dim), None without any."""
+        if self.latent_position is None:
+            return None
+        return self.latent_position.table().unflatten(0, self.groups).expand(count, -1, -1, -1)
+
+    def scores(self, x):
+        return F.linear(self.norm(x), self.unembed, self.bias)              # (..., V)
+
+    def forward(self, tokens, labels=None):
+        """Teacher forcing: (B, G, N) int64 and labels (B,), -1 for none -> logits (B, G, N, V) of
+        each token, which sees those before it."""
+        before = F.pad(tokens.flatten(1)[:, :-1], (1, 0)).view(tokens.shape)
+        x, latents = self.start(before, labels), self.latents(len(tokens))
+        for block in self.blocks:
+            x, latents = block(x, latents)
+        return self.scores(x)
+
+    @torch.no_grad()
+    def generate(self, given, labels=None, generator=None, **sampling):
+        """Writes images that begin with `given`, the first K tokens (B, K) int64, K maybe 0.
+
+        Keys and values are kept: those of tokens within their group, those of latents for good.
+        labels: (B,) int64, -1 for none. sampling: see `sample_token`. Returns (B, G, N).
+        """
+        (B, K), groups, blocks = given.shape, self.groups[0], self.blocks
+        N = self.position.table().shape[0]
+        tokens, starts = given.new_zeros(B, groups * N), self.latents(B)
+        tokens[:, :K] = given
+        process = [
+            [Cache(layer, None, math.prod(self.groups)) for layer in block.process]
+            for block in blocks]
+        known = [None if starts is None else torch.zeros_like(starts[:, 0])] * len(blocks)
+        for g in range(groups):
+            local = [[Cache(layer, None, N) for layer in block.local] for block in blocks]
+            write = [block.write and Cache(block.write, known[i]) for i, block in enumerate(blocks)]
+            seen = [[] for _ in blocks]                # what latents of each block will read
+            for n in range(N):
+                t = g * N + n
+                last = tokens[:, t - 1:t] if t else tokens.new_zeros(B, 1)
+                x = self.start(last, labels, n)        # (B, 1, D)
+                for i, block in enumerate(blocks):
+                    for layer, cache in zip(block.local, local[i]):
+                        x = layer(x, cache=cache)
+                    seen[i].append(x)
+                    if block.write is not None:
+                        x = block.write(x, cache=write[i])
+                if t >= K:
+                    logits = self.scores(x)[:, 0].float()                   # (B, V)
+                    tokens[:, t] = sample_token(logits, generator=generator, **sampling)
+            latents = None if starts is None else starts[:, g]              # (B, M, latent_dim)
+            for i, block in enumerate(blocks):
+                if block.read is not None:
+                    latents = block.read(latents, torch.cat(seen[i], 1))
+                    for layer, cache in zip(block.process, process[i]):
+                        latents = layer(latents, cache=cache)
+                    known[i] = latents
+        return tokens.view(B, groups, N)
+
+
+def image_losses(forward, batch, c):
+    """The cross entropy per token (B,), in nats, of the targets of a data.Batch, uint8 pixels."""
+    tokens = image_tokens(batch.targets, c.model)
+    labels = batch.cond["labels"] if c.model.num_classes else None
+    return token_losses(forward(tokens, labels), tokens).flatten(1).mean(1)
+
+
+def image_loss(forward, batch, c):
+    """The weighted sum of the losses of a batch's images."""
+    return (image_losses(forward, batch, c) * batch.weights).sum()
+
+
+# --------------------------------------------------------------------------------------------------
 # UNet
 
 @dataclass(frozen=True)
@@ -1178,6 +1596,8 @@ NETWORKS = {
     "Pix2Seq": (Pix2Seq, Pix2SeqConfig),
     "RIN": (RIN, RINConfig),
     "UNet": (UNet, UNetConfig),
+    "FIT": (FIT, FITConfig),
+    "ImageAR": (ImageAR, ImageARConfig),
 }
 SIZES = {
     "vit_tiny": Pix2SeqConfig(
@@ -1512,6 +1932,16 @@ DECODER_TABLES = {"decoder.position.code", "decoder.embed", "decoder.unembed", "
 
 RENAMES = [                                             # applied in order to a name
     (r"^model/", ""),
+    # FIT ("x" are its tokens, "l" its latents)
+    (r"(?<![^/])x_network/(\d+)/(enc|dec)_layers/", r"blocks/\1/local/"),
+    (r"(?<![^/])l_network/(\d+)/(enc|dec)_layers/", r"blocks/\1/process/"),
+    (r"(?<![^/])l2x_cross_attn/(\d+)/", r"blocks/\1/read/"),
+    (r"(?<![^/])l2c_cross_attn/(\d+)/", r"blocks/\1/read_cond/"),
+    (r"(?<![^/])x2l_cross_attn/(\d+)/", r"blocks/\1/write/"),
+    (r"(?<![^/])x_output_ln/", "norm/"),
+    (r"(?<![^/])l_output_ln/", "latent_norm/"),
+    (r"(?<![^/])x_output_linear/", "output/"),
+    (r"(?<![^/])\w+\.Sx_pos_emb\.Skernel\.Svis_pos_embedding", "position/code"),
     # RIN ("tape" is its interface); (?<![^/]) is the start of a part of the name
     (r"(?<![^/])(read|read_cond|write)_units/(\d+)/dec_layers/0/", r"blocks/\2/\1/"),
     (r"(?<![^/])latent_processing_units/(\d+)/enc_layers/", r"blocks/\1/process/"),
@@ -1558,9 +1988,9 @@ RENAMES = [                                             # applied in order to a 
     (r"^proj\.Svis_pos_embedding", "proj_position/code"),
     (r"^encoder/(vit|rest)\.Scls_token_embedding", "encoder/cls"),
     (r"ar_decoder\.Sseq_pos_embedding", "position/code"),
-    (r"ar_decoder\.S(inp_)?token_embedding", "embed"),
-    (r"ar_decoder\.Soutp_token_embedding", "unembed"),
-    (r"ar_decoder\.Soutp_bias", "bias"),
+    (r"(ar_decoder|fitar)\.S(inp_)?token_embedding", "embed"),
+    (r"(ar_decoder|fitar)\.Soutp_token_embedding", "unembed"),
+    (r"(ar_decoder|fitar)\.Soutp_bias", "bias"),
     # ResNet: the stem's layers are conv, norm, or in c3 conv, norm, nothing, conv, norm, ...
     (r"initial_conv_relu_max_pool/(\d)/conv2d/", lambda m: f"stem/{int(m[1]) // 2}/conv/"),
     (r"initial_conv_relu_max_pool/(\d)/bn/", lambda m: f"stem/{(int(m[1]) - 1) // 2}/norm/"),
@@ -1576,13 +2006,13 @@ RENAMES = [                                             # applied in order to a 
 ]
 
 
-def from_reference(weights):
+def from_reference(weights, renames=()):
     """Weights under the reference's names and in its layouts -> {our name: float32 tensor} and
-    {our name: their name}."""
+    {our name: their name}. renames: a network's own, after those of all."""
     renamed, names = {}, {}
     for theirs, value in weights.items():
         name = theirs
-        for pattern, new in RENAMES:
+        for pattern, new in [*RENAMES, *renames]:
             name = re.sub(pattern, new, name)
         w = torch.tensor(value, dtype=torch.float32)
         if re.search(r"_att/[qkv]/", name):             # (D x) heads x hs
@@ -1608,7 +2038,7 @@ def from_reference(weights):
 def load_reference_weights(model, weights):
     """`load_weights` for weights of the reference, {name: array}, named as in its checkpoints
     without `/.ATTRIBUTES/VARIABLE_VALUE`, in its layouts."""
-    load_weights(model, *from_reference(weights))
+    load_weights(model, *from_reference(weights, getattr(model, "RENAMES", ())))
 
 
 def read_reference_checkpoint(path):

@@ -14,6 +14,7 @@ import difflib
 import glob
 import inspect
 import json
+import math
 import os
 import re
 import sys
@@ -35,12 +36,18 @@ from diffusion import DiffusionConfig
 from model import (
     NETWORKS,
     Device,
+    FITConfig,
+    ImageARConfig,
     Pix2SeqConfig,
     RINConfig,
     UNetConfig,
+    attention_maps,
     build,
+    image_losses,
+    image_tokens,
     load,
     load_weights,
+    token_image,
 )
 from tokenizer import Vocab
 
@@ -55,6 +62,7 @@ class SamplingConfig:
     seg_top_p: float = 0.8              # seg: top-p
     kpt_top_p: float = 0.1              # kpt: top-p
     cap_top_p: float = 1.0              # cap: top-p
+    ar_top_p: float = 1.0               # ar: top-p
     sample_schedule: str = "cosine"     # gen: noise schedule gamma(t) of sampling
     sample_steps: int = 100             # gen: sampling steps
     sampler: str = "ddim"               # gen: ddim, ddpm, ddpm@large or ddpm@small
@@ -70,7 +78,7 @@ class SamplingConfig:
 @dataclass(frozen=True)
 class Config:
     """What defines a trained model and its data; train.Config adds how it was trained."""
-    model: Pix2SeqConfig | RINConfig | UNetConfig = Pix2SeqConfig()
+    model: Pix2SeqConfig | RINConfig | UNetConfig | FITConfig | ImageARConfig = Pix2SeqConfig()
     vocab: Vocab = Vocab()
     data: DataConfig = DataConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -88,7 +96,9 @@ class Inputs:
     records:   photos need only {image: PIL RGB}; to generate: {pixels, label}
     objects:   per image a list of {category_id, bbox: x y w h in pixels, score} that seg and kpt
                are asked about; None: those that the model detects
-    levels:    gen: times t at which the loss on the records' own pixels is taken, too
+    levels:    gen: times t at which the loss on the records' own pixels is taken, too; ar: if any,
+               their bits
+    rows:      ar: the upper rows of the records' own pixels that are given
     callback:  gen: callback(i, pixels) sees the estimate of each sampling step
     """
     records: list
@@ -96,6 +106,7 @@ class Inputs:
     objects: list | None = None
     generator: torch.Generator | None = None
     levels: tuple = ()
+    rows: int = 0
     callback: typing.Callable | None = None
     context: torch.Tensor | None = field(default=None, init=False)
 
@@ -163,6 +174,23 @@ def read_objects(views, tokens, class_logprobs, c):
             if score > 0 and label in id_of and y1 > y0 and x1 > x0])
     return found
 
+
+@torch.no_grad()
+def predict(model, inputs, c, tasks, table=None):
+    """All that `tasks` say about each record, one dict per record; dropout is off meanwhile. table:
+    another one than PREDICT."""
+    training, predictions, table = model.training, [{} for _ in inputs.records], table or PREDICT
+    model.eval()
+    for task in table:
+        if task in tasks:
+            for prediction, said in zip(predictions, table[task](model, inputs, c)):
+                prediction.update(said)
+    model.train(training)
+    return predictions
+
+
+# ==== reference ===================================================================================
+# the other tasks, and the table
 
 def segment(model, inputs, c):
     """[{objects}], with a mask each: sampled polygons, averaged (2206.07669, section 2.3)."""
@@ -254,29 +282,38 @@ def make_images(model, inputs, c):
         for i, record in enumerate(inputs.records)]
 
 
+def write_images(model, inputs, c):
+    """[{pixels, label}]: an image of the record's label, (H, W, C) uint8, written pixel by pixel,
+    that begins with `rows` of the record's own; with `levels`, also the bits per dimension of the
+    record's pixels."""
+    c = replace(c, data=replace(c.data, flip=False))
+    examples = [data.gen_example(record, c, None) for record in inputs.records]
+    batch = data.collate("ar", c)(examples).to(device_of(model))
+    labels = batch.cond["labels"] if c.model.num_classes else None
+    tokens = image_tokens(batch.targets, c.model).flatten(1)
+    s, given = c.sampling, tokens[:, :inputs.rows * tokens.shape[1] // c.model.sample_size[0]]
+    tokens = model.generate(
+        given, labels, inputs.generator, temperature=s.temperature, top_k=s.top_k, top_p=s.ar_top_p)
+    pixels = token_image(tokens, c.model).movedim(1, -1).cpu().numpy()
+    bits = [[]] * len(examples)
+    if inputs.levels:
+        bits = (image_losses(model, batch, c) / math.log(2)).tolist()
+    return [
+        {"pixels": pixels[i], "label": record["label"], "bits": bits[i]}
+        for i, record in enumerate(inputs.records)]
+
+
 PREDICT = {
     "det": detect,
     "seg": segment,
     "kpt": find_keypoints,
     "cap": caption,
     "gen": make_images,
+    "ar": write_images,
 }
 
 
-@torch.no_grad()
-def predict(model, inputs, c, tasks, table=PREDICT):
-    """All that `tasks` say about each record, one dict per record; dropout is off meanwhile."""
-    training, predictions = model.training, [{} for _ in inputs.records]
-    model.eval()
-    for task in table:
-        if task in tasks:
-            for prediction, said in zip(predictions, table[task](model, inputs, c)):
-                prediction.update(said)
-    model.train(training)
-    return predictions
-
-
-# ==== reference ===================================================================================
+# --------------------------------------------------------------------------------------------------
 # images into the network, boxes into prompts, masks and keypoints out of points
 
 def encode_views(model, images, views):
@@ -489,6 +526,7 @@ class SampleOptions:
     min_score: float = 0.3              # leave out objects below this score
     attention: bool = False             # also draw the attention of each object's tokens
     strip: bool = False                 # gen: also draw the way from noise to sample
+    complete: str = ""                  # ar: an image file whose lower half is to be written anew
     seed: int = 0                       # of sampling
     device: str = "auto"                # auto, cuda, mps or cpu
     out: str = "samples"                # folder for the pictures
@@ -584,9 +622,17 @@ def show_samples(model, c, tasks, args, generator):
     """A grid of samples; with --strip also of their estimates at every tenth of the way."""
     if args.images or args.boxes:
         raise ValueError("this model generates: it takes no images and no boxes")
+    if args.complete and "ar" not in tasks or args.strip and "gen" not in tasks:
+        raise ValueError("--complete is for a model that writes pixels, --strip for a denoiser")
     names = [category["name"] for category in c.categories] if c.model.num_classes else []
     count = args.count or 64
     records = sample_records(c, count)
+    rows = half_of_groups(c.model) if args.complete else 0
+    if args.complete:
+        pixels = data.fit_image(args.complete, c.model.sample_size)
+        if c.data.image_channels == 1:
+            pixels = pixels.mean(-1, keepdims=True).astype(np.uint8)
+        records = [{**record, "pixels": pixels} for record in records]
     if args.class_name is not None:
         if args.class_name not in names:
             known = ", ".join(names) or "no classes"
@@ -595,10 +641,12 @@ def show_samples(model, c, tasks, args, generator):
             record["label"] = names.index(args.class_name)
     steps, predictions = [], []
     for first in range(0, count, 64):
-        part = Inputs(records[first:first + 64], c, generator=generator)
+        part = Inputs(records[first:first + 64], c, generator=generator, rows=rows)
         if args.strip and first == 0:
             part.callback = lambda i, pixels: steps.append(pixels[:8].movedim(1, -1).cpu().numpy())
         predictions += predict(model, part, c, tasks)
+    if args.complete:                                  # first what the model was given
+        predictions.insert(0, {"pixels": pixels})
     pictures = [draw_grid(predictions, f"{args.out}/samples")]
     if steps:
         steps = np.stack(steps, 1)                     # (8, steps, [T,] H, W, C)
@@ -616,18 +664,24 @@ def show_samples(model, c, tasks, args, generator):
     return made | asdict(c.sampling)
 
 
+def half_of_groups(m):
+    """The rows of an ImageAR's groups that lie in the upper half of an image."""
+    side = m.fit_patch or 1
+    return m.sample_size[0] // 2 // side * side
+
+
 def sample_records(c, count):
     """Records to generate from: labels in turn; a network that goes on from context frames gets
     held-out clips, any other none of the data: their pixels are black."""
     if c.model.cond_frames:
-        source = data.make_source(c, "val", "gen")
+        source = data.make_source(c, "val", c.data.tasks[0])
         return [dict(source[i % len(source)]) for i in range(count)]
     shape = (*c.model.sample_shape[1:], c.data.image_channels)
     labels = np.arange(count) % max(len(c.categories), 1)
     return [{"pixels": np.zeros(shape, np.uint8), "label": int(label)} for label in labels]
 
 
-SHOW = dict.fromkeys(PREDICT, show_predictions) | {"gen": show_samples}
+SHOW = dict.fromkeys(PREDICT, show_predictions) | {"gen": show_samples, "ar": show_samples}
 
 
 # PICTURE[task](model, c, count, generator, stem): a look at a model while it trains
@@ -646,10 +700,11 @@ def picture_predictions(model, c, count, generator, stem):
 def picture_samples(model, c, count, generator, stem):
     """A grid of samples, classes in turn."""
     inputs = Inputs(sample_records(c, count), c, generator=generator)
-    draw_grid(predict(model, inputs, c, ("gen",)), stem)
+    draw_grid(predict(model, inputs, c, c.data.tasks), stem)
 
 
-PICTURE = dict.fromkeys(PREDICT, picture_predictions) | {"gen": picture_samples}
+PICTURE = dict.fromkeys(PREDICT, picture_predictions)
+PICTURE |= {"gen": picture_samples, "ar": picture_samples}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -711,12 +766,14 @@ def draw_object(pen, obj, category, color, zoom, font):
 
 def draw_attention(model, inputs, c, most=4, side=192):
     """The cross-attention of the tokens of the likeliest objects of one image: a row per object, a
-    picture per token y_min x_min y_max x_max class."""
+    picture per token y_min x_min y_max x_max class. ValueError if it is not to patches."""
+    if c.model.encoder == "fit":
+        raise ValueError("--attention: the decoder of a fit attends to latents, not to patches")
     (view,), (image,), (objects,) = inputs.views, inputs.images, inputs.objects
     boxes, labels = prompt_boxes([view], [objects], c)
     tokens = tokenizer.encode_detection(boxes, labels, c.vocab).inputs
     context = inputs.encode(model)
-    maps = model.attention_maps(context, tokens.to(context.device)).cpu()
+    maps = attention_maps(model, context, tokens.to(context.device)).cpu()
     rows, cols = model.encoder.grid
     maps = maps[:, -rows * cols:].view(-1, 5, rows, cols)          # without the class token
     canvas = Image.fromarray(view.image(image))

@@ -413,7 +413,7 @@ def batches(workers, world=1, parts=1, start=0, steps=3, task="det", batch=8):
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("task", [task for task in data.EXAMPLES if task != "gen"])
+@pytest.mark.parametrize("task", Pix2SeqConfig.TASKS)
 def test_any_number_of_workers_gives_the_same_stream(task):
     alone = batches(0, task=task)[0]
     for workers in (1, 3):

@@ -1,22 +1,25 @@
-"""RIN and UNet: what they claim. That they agree with the reference is asked in test_parity.py."""
+"""What RIN, UNet and FIT claim. That they agree with the reference is asked in test_parity.py."""
 import os
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from test_parity import FILES, Golden, rin_config, unet_config
+from test_parity import FILES, Golden, fit_config, rin_config, unet_config
 
 import diffusion
 import model as m
 
-GOLDEN = [f for f in FILES if os.path.basename(f).startswith(("rin", "unet"))]
+KINDS = "rin", "unet", "fit_denoiser"
+GOLDEN = [f for f in FILES if os.path.basename(f).startswith(KINDS)]
 NAMES = [os.path.basename(f) for f in GOLDEN]
 
 
 def golden_model(g):
     if "num_layers" in g.config:
         return m.RIN(rin_config(g.config, g["in:cond"]))
+    if "num_groups" in g.config:
+        return m.FIT(fit_config(g.config, g))
     return m.UNet(unet_config(g.config, g))
 
 
@@ -48,6 +51,18 @@ TINY_RIN = m.RINConfig(
     rw_heads=4,
     drop_path=0.0,
     dropout=0.0,
+)
+TINY_FIT = m.FITConfig(
+    sample_size=(8, 8),
+    fit_layers="(1)1(1)1(1)",
+    fit_grid=2,
+    fit_patch=2,
+    fit_dim=24,
+    fit_heads=2,
+    fit_latents=3,
+    fit_latent_dim=32,
+    fit_latent_heads=4,
+    fit_mlp_ratio=2,
 )
 TINY_UNET = m.UNetConfig(
     sample_size=(8, 8),
@@ -158,11 +173,78 @@ def test_context_frames_change_the_prediction_of_a_video():
     assert a.shape == x.shape and not torch.allclose(a, b, atol=1e-3)
 
 
+FIT_OPTIONS = {
+    "ends with latents": dict(fit_layers="(1)1(2)1", num_classes=5),
+    "one block, labels without a layer": dict(
+        fit_layers="(1)2(1)", num_classes=32, cond_proj=False),
+    "not square": dict(sample_size=(4, 12), fit_grid=2, fit_position="sin_cos"),
+    "MLPs between, none within": dict(fit_read_mlp=True, fit_local_attention=False, channels=7),
+    "tokens wider than latents": dict(fit_dim=48, fit_context_norm=False),
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", FIT_OPTIONS)
+def test_fit_predicts_in_the_shape_of_its_input_and_every_parameter_learns(name, checkpointing):
+    c = replace(TINY_FIT, **FIT_OPTIONS[name])
+    model = randomised(m.FIT(c)).train()
+    m.set_checkpointing(model, checkpointing)
+    x, gamma = example(c)
+    _, hidden = model(x, gamma, **conditions(c))
+    pred, hidden = model(x, gamma, tuple(h.detach() for h in hidden), **conditions(c))
+    assert pred.shape == x.shape and hidden[0].shape == (2, 4, 3, 32)
+    (pred.square().mean() + hidden[0].square().mean()).backward()
+    assert not without_gradient(model)
+
+
+def test_groups_of_a_fit_hear_of_each_other_through_latents_alone():
+    """Before any latents are written back, a patch of one cell changes no other cell."""
+    x, gamma = example(TINY_FIT)
+    other = x.clone()
+    other[:, :, 0, 0] += 1                             # in the first of four cells
+    for layers, heard in (("(2)", False), ("(1)1(1)", True)):
+        model = randomised(m.FIT(replace(TINY_FIT, fit_layers=layers, self_cond="none")))
+        with torch.no_grad():
+            change = (model(x, gamma)[0] - model(other, gamma)[0]).abs().amax((0, 1))
+        assert change[:4, :4].min() > 0
+        assert (change[4:, 4:].max() > 1e-6) == heard
+
+
+def test_a_causal_fit_lets_no_group_hear_of_later_ones_and_a_token_of_none_that_follow():
+    torch.manual_seed(0)
+    blocks = m.fit_blocks(
+        "(1)1(1)2(1)", dim=24, latent_dim=32, heads=2, latent_heads=4, mlp_ratio=2, causal=3)
+    x, latents = torch.randn(2, 4, 5, 24), torch.randn(2, 4, 3, 32)
+
+    def run(x):
+        written = latents
+        for block in blocks:
+            x, written = block(x, written)
+        return x
+
+    other = x.clone()
+    other[:, 1, 2] += 1                                # a token of the second group
+    with torch.no_grad():
+        change = (run(x) - run(other)).abs().amax((0, 3))              # (groups, tokens)
+    assert (change[0] == 0).all() and (change[1, :2] == 0).all()
+    assert (change[1, 2:] > 0).all() and (change[2:] > 0).all()
+
+
+@pytest.mark.parametrize("side", [1, 2, 3])
+def test_cells_are_cut_row_by_row_and_put_together_again(side):
+    x = torch.randn(2, 3, 6, 12)
+    cells = m.to_cells(x, side)
+    assert cells.shape == (2, side ** 2, 3, 6 // side, 12 // side)
+    assert torch.equal(cells[:, -1], x[..., -6 // side:, -12 // side:])
+    assert torch.equal(m.from_cells(cells, side), x)
+
+
 @pytest.mark.parametrize("config", [
     TINY_RIN,
     replace(TINY_RIN, frames=2),
     replace(TINY_RIN, cond_on_latents=0),
     TINY_UNET,
+    TINY_FIT,
 ])
 def test_a_dropped_label_is_none_whatever_it_was_and_others_matter(config):
     model = randomised(m.build(replace(config, num_classes=5)))
@@ -188,6 +270,11 @@ def test_a_dropped_label_is_none_whatever_it_was_and_others_matter(config):
     (TINY_RIN, dict(cond_decoupled_read=True), "needs extra tokens"),
     (TINY_RIN, dict(time_on_latents=False, cond_dim=8), "cond_dim 8"),
     (TINY_RIN, dict(latent_dim=30, latent_heads=3), "width of the time embedding 30"),
+    (TINY_FIT, dict(self_cond="interface"), "none, latent"),
+    (TINY_FIT, dict(fit_position="fourier"), "learned, sin_cos"),
+    (TINY_FIT, dict(fit_layers="2,2"), "fit_layers '2,2': expected"),
+    (TINY_FIT, dict(fit_layers="(2)0(1)1"), "fit_layers '\\(2\\)0\\(1\\)1': expected"),
+    (TINY_FIT, dict(sample_size=(8, 10)), "sample_size 10 is not a multiple of 4"),
     (TINY_UNET, dict(self_cond="latent"), "none, x, eps, auto"),
     (TINY_UNET, dict(transformer_layers=1, transformer_position="fourier"), "learned, sin_cos"),
     (TINY_UNET, dict(sample_size=(8, 9)), "sample_size 9 is not a multiple of 2"),
@@ -199,7 +286,7 @@ def test_options_that_make_no_sense_are_refused(config, wrong, words):
         m.build(replace(config, **wrong))
 
 
-@pytest.mark.parametrize("config", [TINY_RIN, TINY_UNET])
+@pytest.mark.parametrize("config", [TINY_RIN, TINY_UNET, TINY_FIT])
 def test_inputs_that_do_not_fit_are_refused(config):
     x, gamma = example(config)
     model = m.build(config)
@@ -283,6 +370,7 @@ CASES = {
     "rin": (replace(TINY_RIN, num_classes=5), dict()),
     "video": (replace(TINY_RIN, frames=2, cond_frames=1), dict()),
     "unet": (replace(TINY_UNET, num_classes=5, self_cond="x"), dict()),
+    "fit": (replace(TINY_FIT, num_classes=5), dict()),
     "bits": (
         replace(TINY_UNET, channels=24, softmax_groups=3),
         dict(bits="uint8", pred_type="x_softmax_xent")),

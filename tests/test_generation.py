@@ -26,7 +26,7 @@ from diffusion import (
     pixels_to_x0,
     x0_to_pixels,
 )
-from model import RIN, Device, RINConfig, UNet, UNetConfig, build, load
+from model import FIT, RIN, Device, FITConfig, RINConfig, UNet, UNetConfig, build, load
 from sample import configured, load_model
 from train import PRESETS, Config
 
@@ -191,6 +191,9 @@ def shrunk(c):
     if isinstance(m, UNetConfig):
         m = replace(
             m, unet_dim=32, res_blocks=(1,) * len(m.res_blocks), attention_at=(8,), head_dim=32)
+    elif isinstance(m, FITConfig):
+        m = replace(
+            m, fit_layers="(1)1(1)", fit_dim=32, fit_heads=2, fit_latent_dim=32, fit_latent_heads=2)
     else:
         m = replace(
             m, latents=8, latent_dim=32, latent_heads=4, interface_dim=32, rw_heads=4,
@@ -240,7 +243,7 @@ def test_every_generating_preset_shrunk_trains_resumes_and_samples(name, tmp_pat
         signal.signal(number, handler)
     assert np.isfinite(metrics["gen"]["loss"])
     model, found = load_model(f"{c.run.out}/last.pt", Device("cpu"))
-    assert found.model == c.model and isinstance(model, (RIN, UNet))
+    assert found.model == c.model and isinstance(model, (RIN, UNet, FIT))
     saved, weights = load(f"{c.run.out}/last.pt"), model.state_dict()
     assert all(torch.equal(w, saved["ema"][k]) for k, w in weights.items()), "of the average"
     assert any(not torch.equal(w, saved["model"][k]) for k, w in weights.items()), "not the last"

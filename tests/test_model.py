@@ -201,7 +201,7 @@ def test_same_generator_same_tokens(tiny_model):
 
 def test_attention_maps_are_distributions_over_the_patches_and_leave_no_hook(tiny_model):
     context = tiny_model.encode(torch.rand(1, 3, 32, 32))
-    maps = tiny_model.attention_maps(context, torch.randint(0, 210, (1, 5)))
+    maps = m.attention_maps(tiny_model, context, torch.randint(0, 210, (1, 5)))
     assert maps.shape == (5, 16) and torch.allclose(maps.sum(1), torch.ones(5))
     assert not any(layer.cross_att._forward_hooks for layer in tiny_model.decoder.layers)
 

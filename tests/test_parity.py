@@ -6,6 +6,7 @@ is a failure. Models are built from the file's own configuration and filled by
 """
 import glob
 import json
+import math
 import os
 
 import numpy as np
@@ -15,7 +16,11 @@ import torch
 import diffusion
 import tokenizer
 from model import (
+    FIT,
     RIN,
+    FITConfig,
+    ImageAR,
+    ImageARConfig,
     Pix2Seq,
     Pix2SeqConfig,
     RINConfig,
@@ -23,7 +28,12 @@ from model import (
     UNetConfig,
     filter_logits,
     focal_losses,
+    from_cells,
+    from_patches,
+    image_tokens,
     load_reference_weights,
+    to_cells,
+    to_patches,
     token_losses,
 )
 from tokenizer import Vocab
@@ -75,16 +85,25 @@ def channels_last(x):
 
 def pix2seq_config(c):
     """The reference's option names -> ours."""
-    resnet = {}
-    if c["resnet_variant"] != "c1":
-        resnet = dict(
+    other = {}
+    if "layers" in c:
+        other = dict(
+            encoder="fit",
+            fit_layers=c["layers"],
+            fit_grid=c["glimpse_div_rate"],
+            fit_copies=c["glimpse_mini_x"],
+            fit_latents=c["latents_per_group"],
+            fit_latent_dim=c["dim_latent"],
+        )
+    elif c["resnet_variant"] != "c1":
+        other = dict(
             encoder="resnet",
             resnet_variant=c["resnet_variant"],
             resnet_depth=c["resnet_depth"],
             resnet_width=c["resnet_width_multiplier"],
         )
     return Pix2SeqConfig(
-        **resnet,
+        **other,
         image_size=tuple(c["image_size"]),
         patch_size=c["patch_size"],
         enc_layers=c["num_encoder_layers"],
@@ -117,6 +136,8 @@ def check_pix2seq(g):
         context, logits = model.encode(images), model(images, g["in:seq"])
         g.check("out:encoded", context)
         g.check("out:logits", logits)
+        if "layers" in g.config:                       # of a FIT there is no more
+            return
         g.check("out:instance_logits", model(images, g["in:instance_seq"]).flatten(0, 1))
     for cache in (True, False):
         check_decoding(g, model, context, cache)
@@ -282,6 +303,93 @@ def check_rin(g):
     g.check("out:tape", interface)
 
 
+def check_image_ar(g):
+    c, side = g.config, g["in:image"].shape[1]
+    sizes = dict(
+        fit_layers=c["layers"],
+        fit_patch=c["patch_size"],
+        fit_dim=c["dim_att"],
+        fit_heads=c["num_heads"],
+        fit_latents=c["latents_per_group"],
+        fit_latent_dim=c["dim_latent"],
+        fit_latent_heads=c["num_heads"],
+        fit_mlp_ratio=c["dim_mlp"] // c["dim_att"],
+        fit_position=c["pos_encoding"],
+    )
+    if c["arch_name"] == "base":                       # a FIT of one group
+        sizes = dict(
+            fit_layers=f"({c['num_decoder_layers']})",
+            fit_patch=0,
+            fit_dim=c["dim_att_dec"],
+            fit_heads=c["num_heads_dec"],
+            fit_mlp_ratio=c["dim_mlp_dec"] // c["dim_att_dec"],
+            fit_position=c["pos_encoding_dec"],
+        )
+    model = ImageAR(ImageARConfig(
+        sample_size=(side, side),
+        levels=c["vocab_size"],
+        shared_embedding=c["shared_decoder_embedding"],
+        output_bias=c["decoder_output_bias"],
+        **sizes,
+    )).eval()
+    load_reference_weights(model, g.weights)
+    pixels = (channels_first(g["in:image"]) * 255).byte()              # cut off, as there
+    tokens = image_tokens(pixels, model.config)
+    with torch.no_grad():
+        logits = model(tokens)
+    g.check("out:target", tokens.view(g["out:target"].shape))
+    g.check("out:logits", logits.view(g["out:logits"].shape))
+    bits = token_losses(logits, tokens).mean() / math.log(2)
+    g.check("out:bits_per_dim", bits)
+
+
+def fit_config(c, g):
+    """The reference's option names -> ours. g: the case, for the widths that the configuration
+    lacks."""
+    cells, rows = math.isqrt(c["num_groups"]), math.isqrt(g["in:x"].shape[2])
+    patch = math.isqrt(c["out_dim"] // 3)
+    return FITConfig(
+        sample_size=(cells * rows * patch,) * 2,
+        num_classes=g["in:cond"].shape[-1],
+        self_cond=c["self_cond"],
+        fit_layers=c["layers"],
+        fit_grid=cells,
+        fit_patch=patch,
+        fit_dim=c["x_dim"],
+        fit_heads=c["x_num_heads"],
+        fit_local_attention=c["x_self_attention"],
+        fit_latents=c["latents_per_group"],
+        fit_latent_dim=c["latent_dim"],
+        fit_latent_heads=c["latent_num_heads"],
+        fit_mlp_ratio=c["mlp_ratio"],
+        fit_read_mlp=c["xattn_with_mlp"],
+        fit_context_norm=c["xattn_enc_ln"],
+        fit_position=c.get("x_pos_encoding", "learned"),
+        cond_proj=c["cond_proj"],
+    )
+
+
+def check_fit(g):
+    """The reference's denoiser takes the tokens of cells, ours the image that they are of."""
+    model = FIT(fit_config(g.config, g)).eval()
+    load_reference_weights(model, g.weights)
+
+    def to_image(tokens):
+        c, (_, rows, cols) = model.config, model.grid
+        cell = 3, rows * c.fit_patch, cols * c.fit_patch
+        images = from_patches(
+            tokens.flatten(0, 1), model.grid, model.patch_shape, (tokens[..., 0, 0].numel(), *cell))
+        return from_cells(images.unflatten(0, tokens.shape[:2]), c.fit_grid)
+
+    hidden = (g["in:latent_prev"],) if "in:latent_prev" in g.npz else None
+    with torch.no_grad():
+        pred, (latents,) = model(to_image(g["in:x"]), g["in:t"], hidden, g["in:cond"])
+    cells = to_cells(pred, model.config.fit_grid)
+    tokens = to_patches(cells.flatten(0, 1), model.patch_shape)
+    g.check("out:x_out", tokens.unflatten(0, cells.shape[:2]))
+    g.check("out:latent", latents)
+
+
 def unet_config(c, g):
     """The reference's option names -> ours. g: the case, for the widths that the configuration
     lacks."""
@@ -388,6 +496,8 @@ CHECKS = {
     "tokens": check_tokens,
     "optim": check_optim,
     "rin": check_rin,
+    "image_ar": check_image_ar,
+    "fit_denoiser": check_fit,
     "unet": check_unet,
     "diffusion": check_diffusion,
     "bits": check_bits,
@@ -397,7 +507,7 @@ CHECKS = {
 def find_check(path):
     """By what it holds, or by how its name starts."""
     name, g = os.path.splitext(os.path.basename(path))[0], Golden(path)
-    if g.config.get("name") == "encoder_ar_decoder":
+    if g.config.get("name", "").endswith("encoder_ar_decoder"):
         return check_pix2seq, g
     for known in sorted(CHECKS, key=len, reverse=True):
         if name.startswith(known):

@@ -49,7 +49,7 @@ def test_every_table_has_a_row_for_every_task():
         data.EXAMPLES, data.COLLATE, train.LOSS, sample.PREDICT, eval.SCORE, data.SOURCES,
         sample.SHOW, sample.PICTURE, eval.ITEMS, eval.WRITE, train.BENCH)
     for table in tables:
-        assert set(table) == {"det", "seg", "kpt", "cap", "gen"}
+        assert set(table) == {"det", "seg", "kpt", "cap", "gen", "ar"}
     assert set(train.LENGTHS) == set(model.Pix2SeqConfig.TASKS)
     assert set(eval.TRUTH) == set(model.Pix2SeqConfig.TASKS)
     for _, config in model.NETWORKS.values():

@@ -17,7 +17,17 @@ import data
 import eval
 import model
 import train
-from model import Device, Pix2Seq, Pix2SeqConfig, RINConfig, UNetConfig, load, save, token_losses
+from model import (
+    Device,
+    FITConfig,
+    Pix2Seq,
+    Pix2SeqConfig,
+    RINConfig,
+    UNetConfig,
+    load,
+    save,
+    token_losses,
+)
 from sample import configured, load_model
 from tokenizer import Vocab, encode_detection
 from train import PRESETS, Config, OptimConfig, parse
@@ -107,7 +117,7 @@ def test_a_wrong_command_line_names_the_nearest(arguments, words, capsys):
 
 
 def test_every_field_has_its_meaning_in_the_help(capsys):
-    for network in (Pix2SeqConfig(), RINConfig(), UNetConfig()):
+    for network in (Pix2SeqConfig(), RINConfig(), UNetConfig(), FITConfig()):
         for part in train.parts_of(replace(Config(), model=network)):
             parser = train.sample.Parser()
             parser.add_config(part)
@@ -125,7 +135,8 @@ def test_help_shows_options_and_list_shows_presets(capsys):
     assert all(name in listed for name in PRESETS)
 
 
-@pytest.mark.parametrize("name", [n for n, p in PRESETS.items() if p.config.data.tasks != ("gen",)])
+@pytest.mark.parametrize(
+    "name", [n for n, p in PRESETS.items() if isinstance(p.config.model, Pix2SeqConfig)])
 def test_every_preset_shrunk_takes_a_step_and_evaluates(name, tmp_path):
     c = PRESETS[name].config
     shrunk = replace(
