@@ -753,6 +753,8 @@ for task, about in (("seg", "polygons"), ("kpt", "keypoints of the figures"), ("
 preset(
     "multi_shapes",
     "all four tasks at once on drawn scenes of one or two shapes, 64 px",
+    result="AP50 boxes 0.99, masks 0.97, keypoints 0.88, exact captions 0.94 after 18.5 minutes, "
+           "on test, one seed",
     like="det_shapes",
     tasks=("det", "seg", "kpt", "cap"),
     task_batches=(32, 4, 24, 16),
