@@ -135,7 +135,7 @@ ITEMS |= {"gen": random_items, "ar": random_items}
 
 
 # --------------------------------------------------------------------------------------------------
-# SCORE[task](predictions, truth, c, device) -> {name: number}
+# SCORE[task](predictions, source, c, device) -> {name: number}
 
 BOX_METRICS = (
     "AP AP50 AP75 AP_small AP_medium AP_large "

@@ -1025,6 +1025,25 @@ class RIN(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # FIT as an encoder of images, and as a denoiser (2305.12689)
 
+def fit_sizes(c):
+    """What FITBlocks take of a configuration of their own."""
+    return dict(
+        dim=c.fit_dim, latent_dim=c.fit_latent_dim, heads=c.fit_heads,
+        latent_heads=c.fit_latent_heads, mlp_ratio=c.fit_mlp_ratio, **dropouts(c))
+
+
+class Latents(Position):
+    """The start of the latents of all groups."""
+
+    def __init__(self, kind, groups, latents, dim):
+        super().__init__(kind, groups, latents, dim, 1000)
+        self.groups = groups, latents
+
+    def forward(self, count):
+        """For `count` images: (B, G, M, dim)."""
+        return self.table().unflatten(0, self.groups).expand(count, -1, -1, -1)
+
+
 def to_cells(x, side):
     """(B, C, H, W) -> (B, side * side, C, H / side, W / side), row by row."""
     x = x.unflatten(3, (side, -1)).unflatten(2, (side, -1))                 # (B, C, s, h, s, w)
@@ -1048,11 +1067,11 @@ class FITEncoder(nn.Module):
             check_multiple(side, "image_size", c.fit_grid * c.patch_size, "fit_grid * patch_size")
         rows, cols = (side // c.fit_grid // c.patch_size for side in c.image_size)
         groups = c.fit_grid ** 2 + c.fit_copies
-        self.grid, self.groups = (rows, cols), (groups, c.fit_latents)
+        self.grid = rows, cols
         self.patch = nn.Linear(3 * c.patch_size ** 2, c.enc_dim)
         self.patch_norm = layer_norm(c.enc_dim)
         self.position = Position(c.pos_encoding, rows * cols, 1, c.enc_dim, 1000)
-        self.latent_position = Position(c.pos_encoding, *self.groups, c.fit_latent_dim, 1000)
+        self.latent_position = Latents(c.pos_encoding, groups, c.fit_latents, c.fit_latent_dim)
         self.blocks = fit_blocks(
             c.fit_layers,
             dim=c.enc_dim,
@@ -1075,8 +1094,7 @@ class FITEncoder(nn.Module):
         patches = to_patches(groups.flatten(0, 1), (1, self.patch_size, self.patch_size, 3))
         x = self.position(self.patch_norm(self.patch(patches)))             # (B G, N, D)
         x = x.unflatten(0, groups.shape[:2])
-        latents = self.latent_position.table().unflatten(0, self.groups)
-        latents = latents.expand(len(x), -1, -1, -1)         # (B, G, M, latent_dim)
+        latents = self.latent_position(len(x))          # (B, G, M, latent_dim)
         for block in self.blocks:
             x, latents = block(x, latents)
         out = self.norm(x) if self.ends_local else self.latent_norm(latents)
@@ -1127,12 +1145,13 @@ class FIT(nn.Module):
         for side in c.sample_size:
             check_multiple(side, "sample_size", c.fit_grid * c.fit_patch, "fit_grid * fit_patch")
         rows, cols = (side // c.fit_grid // c.fit_patch for side in c.sample_size)
-        self.grid, self.groups = (1, rows, cols), (c.fit_grid ** 2, c.fit_latents)
+        self.grid = 1, rows, cols
         self.patch_shape = 1, c.fit_patch, c.fit_patch, c.channels
         self.patch = nn.Linear(math.prod(self.patch_shape), c.fit_dim)
         self.patch_norm = layer_norm(c.fit_dim)
         self.position = Position(c.fit_position, rows * cols, 1, c.fit_dim, 1000)
-        self.latent_position = Position(c.fit_position, *self.groups, c.fit_latent_dim, 1000)
+        self.latent_position = Latents(
+            c.fit_position, c.fit_grid ** 2, c.fit_latents, c.fit_latent_dim)
         self.time_emb = ScalarEmbedding(c.fit_latent_dim, 1000, normalize=True)
         self.cond_proj = nn.Identity()
         if c.num_classes and c.cond_proj:
@@ -1140,16 +1159,11 @@ class FIT(nn.Module):
         self.latent_prev = WarmStart(c.fit_latent_dim, c.fit_mlp_ratio, c.self_cond == "latent")
         self.blocks = fit_blocks(
             c.fit_layers,
-            dim=c.fit_dim,
-            latent_dim=c.fit_latent_dim,
-            heads=c.fit_heads,
-            latent_heads=c.fit_latent_heads,
-            mlp_ratio=c.fit_mlp_ratio,
             cond=True,
             read_mlp=c.fit_read_mlp,
             context_norm=c.fit_context_norm,
             self_attention=c.fit_local_attention,
-            **dropouts(c),
+            **fit_sizes(c),
         )
         self.norm = layer_norm(c.fit_dim)
         self.output = nn.Linear(c.fit_dim, math.prod(self.patch_shape))
@@ -1174,8 +1188,7 @@ class FIT(nn.Module):
         cells = to_cells(x, c.fit_grid)                         # (B, G, C, h, w)
         tokens = self.patch(to_patches(cells.flatten(0, 1), self.patch_shape))      # (B G, N, D)
         tokens = self.position(self.patch_norm(tokens)).unflatten(0, cells.shape[:2])
-        latents = self.latent_position.table().unflatten(0, self.groups)
-        latents = self.latent_prev(latents.expand(len(x), -1, -1, -1), *(self_cond or ()))
+        latents = self.latent_prev(self.latent_position(len(x)), *(self_cond or ()))
         for block in self.blocks:
             tokens, latents = block(tokens, latents, cond)
         out = self.output(self.norm(tokens)).flatten(0, 1)      # (B G, N, p * p * C)
@@ -1216,7 +1229,7 @@ class ImageARConfig:
         return self.channels, *self.sample_size
 
     @property
-    def patch_size(self):
+    def group_size(self):
         """Height and width of a group."""
         return (self.fit_patch, self.fit_patch) if self.fit_patch else self.sample_size
 
@@ -1224,7 +1237,7 @@ class ImageARConfig:
 def image_tokens(pixels, c):
     """uint8 (B, C, H, W) -> int64 (B, G, N): a group per patch, those of every other row from right
     to left, so that each lies beside the last; in it pixels row by row, of each its colours."""
-    (h, w), levels = c.patch_size, pixels.long() * c.levels // 256
+    (h, w), levels = c.group_size, pixels.long() * c.levels // 256
     x = levels.unflatten(3, (-1, w)).unflatten(2, (-1, h))      # (B, C, rows, h, cols, w)
     x = x.permute(0, 2, 4, 3, 5, 1).clone()                     # (B, rows, cols, h, w, C)
     x[:, 1::2] = x[:, 1::2].flip(2)
@@ -1233,7 +1246,7 @@ def image_tokens(pixels, c):
 
 def token_image(tokens, c):
     """The inverse of `image_tokens`, up to what levels cannot tell apart."""
-    (h, w), (H, W) = c.patch_size, c.sample_size
+    (h, w), (H, W) = c.group_size, c.sample_size
     x = tokens.view(-1, H // h, W // w, h, w, c.channels).clone()
     x[:, 1::2] = x[:, 1::2].flip(2)
     x = x.permute(0, 5, 1, 3, 2, 4).reshape(-1, c.channels, H, W)
@@ -1241,36 +1254,29 @@ def token_image(tokens, c):
 
 
 class ImageAR(nn.Module):
-    """A causal FIT over the tokens of an image (2305.12689, section 3.3): a token sees those before
-    it in its group, and latents of the groups before. With one group, a plain decoder."""
+    """A causal FIT over the tokens of an image (2305.12689): a token sees those before it in its
+    group, and latents of the groups before. With one group, a plain decoder."""
     RENAMES = [(r"^decoder/layers/", "blocks/0/local/"), (r"^decoder/", "")]
 
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        check_choice(c.levels, range(2, 257), "levels")
-        for side, patch in zip(c.sample_size, c.patch_size):
+        if not 2 <= c.levels <= 256:
+            raise ValueError(f"levels {c.levels}: expected 2 to 256")
+        for side, patch in zip(c.sample_size, c.group_size):
             check_multiple(side, "sample_size", patch, "fit_patch")
-        tokens = math.prod(c.patch_size) * c.channels
-        self.groups = math.prod(c.sample_shape) // tokens, c.fit_latents
+        tokens = math.prod(c.group_size) * c.channels
+        self.groups = math.prod(c.sample_shape) // tokens
         self.embed = embedding(c.levels, c.fit_dim)
         self.unembed = self.embed if c.shared_embedding else embedding(c.levels, c.fit_dim)
         self.bias = embedding(c.levels) if c.output_bias else None
         self.label_proj = nn.Linear(c.num_classes, c.fit_dim) if c.num_classes else None
         self.position = Position(c.fit_position, tokens, 1, c.fit_dim, 1000)
-        self.blocks = fit_blocks(
-            c.fit_layers,
-            dim=c.fit_dim,
-            latent_dim=c.fit_latent_dim,
-            heads=c.fit_heads,
-            latent_heads=c.fit_latent_heads,
-            mlp_ratio=c.fit_mlp_ratio,
-            causal=c.fit_latents,
-            **dropouts(c),
-        )
+        self.blocks = fit_blocks(c.fit_layers, causal=c.fit_latents, **fit_sizes(c))
         self.latent_position = None
         if self.blocks[0].read is not None:
-            self.latent_position = Position(c.fit_position, *self.groups, c.fit_latent_dim, 1000)
+            self.latent_position = Latents(
+                c.fit_position, self.groups, c.fit_latents, c.fit_latent_dim)
         self.norm = layer_norm(c.fit_dim)
         initialize(self)
 
@@ -1283,12 +1289,6 @@ class ImageAR(nn.Module):
             x = x + label.view(len(x), *[1] * (x.ndim - 2), -1)
         return x
 
-    def latents(self, count):
-        """The start of the latents of `count` images (B, G, M, latent_dim), None without any."""
-        if self.latent_position is None:
-            return None
-        return self.latent_position.table().unflatten(0, self.groups).expand(count, -1, -1, -1)
-
     def scores(self, x):
         return F.linear(self.norm(x), self.unembed, self.bias)              # (..., V)
 
@@ -1296,7 +1296,8 @@ class ImageAR(nn.Module):
         """Teacher forcing: (B, G, N) int64 and labels (B,), -1 for none -> logits (B, G, N, V) of
         each token, which sees those before it."""
         before = F.pad(tokens.flatten(1)[:, :-1], (1, 0)).view(tokens.shape)
-        x, latents = self.start(before, labels), self.latents(len(tokens))
+        x = self.start(before, labels)                  # (B, G, N, D)
+        latents = self.latent_position and self.latent_position(len(x))     # (B, G, M, latent_dim)
         for block in self.blocks:
             x, latents = block(x, latents)
         return self.scores(x)
@@ -1308,12 +1309,11 @@ class ImageAR(nn.Module):
         Keys and values are kept: those of tokens within their group, those of latents for good.
         labels: (B,) int64, -1 for none. sampling: see `sample_token`. Returns (B, G, N).
         """
-        (B, K), groups, blocks = given.shape, self.groups[0], self.blocks
-        N = self.position.table().shape[0]
-        tokens, starts = given.new_zeros(B, groups * N), self.latents(B)
-        tokens[:, :K] = given
+        (B, K), groups, blocks = given.shape, self.groups, self.blocks
+        N, starts = len(self.position.table()), self.latent_position and self.latent_position(B)
+        tokens = F.pad(given, (0, groups * N - K))
         process = [
-            [Cache(layer, None, math.prod(self.groups)) for layer in block.process]
+            [Cache(layer, None, groups * self.config.fit_latents) for layer in block.process]
             for block in blocks]
         known = [None if starts is None else torch.zeros_like(starts[:, 0])] * len(blocks)
         for g in range(groups):

@@ -619,7 +619,8 @@ def held_out(c, task, count):
 
 
 def show_samples(model, c, tasks, args, generator):
-    """A grid of samples; with --strip also of their estimates at every tenth of the way."""
+    """A grid of samples; with --strip also of their estimates at every tenth of the way; with
+    --complete, of images that begin with the upper half of a given one."""
     if args.images or args.boxes:
         raise ValueError("this model generates: it takes no images and no boxes")
     if args.complete and "ar" not in tasks or args.strip and "gen" not in tasks:

@@ -934,10 +934,9 @@ preset(
     image_channels=1,
     steps=3600,
 )
-
 preset(
     "gen_shapes_fit",
-    "the same with a FIT",
+    "drawn shapes of a class, 32 px, FIT",
     like="gen_shapes",
     model=FITConfig(
         sample_size=(32, 32), num_classes=4, fit_layers="(2)2(2)2(2)", fit_grid=2, fit_patch=2,
@@ -962,11 +961,8 @@ preset(
     lr_schedule="linear",
     clip_norm=0.0,
     ema_decay=0.0,
-    label_drop=0.0,
-    guidance=0.0,
     steps=2000,
     warmup_steps=100,
-    eval_samples=200,
 )
 preset(
     "ar_shapes_decoder",

@@ -282,6 +282,12 @@ def test_sample_takes_held_out_images_and_repeats_itself(checkpoint, tmp_path):
     assert first == again and len(json.loads(first)) == 2
 
 
+def test_attention_to_latents_is_no_picture():
+    c = Config(model=replace(MODEL, encoder="fit"))
+    with pytest.raises(ValueError, match="--attention: the decoder of a fit attends to latents"):
+        sample.draw_attention(None, None, c)
+
+
 def test_sample_shows_the_attention_of_the_tokens_of_an_object(checkpoint, tmp_path):
     options = "--count=5", "--task=det", "--attention", "--min_score=0"
     script("sample.py", f"--ckpt={checkpoint}", *options, cwd=tmp_path)

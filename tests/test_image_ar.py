@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -124,7 +125,7 @@ def test_every_parameter_learns():
 
 
 @pytest.mark.parametrize("wrong, words", [
-    (dict(levels=300), "unknown levels 300"),
+    (dict(levels=300), "levels 300: expected 2 to 256"),
     (dict(fit_patch=3), "sample_size 4 is not a multiple of 3 .fit_patch"),
     (dict(fit_layers="2"), "fit_layers '2': expected"),
 ])
@@ -228,8 +229,20 @@ def test_a_completed_image_keeps_its_upper_rows(finished):
     assert not np.array_equal(first[4:], second[4:])
 
 
+def test_a_photo_is_completed_in_grey_by_a_model_of_grey_images(tmp_path):
+    c, _ = train.parse(["ar_mnist", "--num_classes=0", f"--out={tmp_path}"])
+    c = replace(c, model=replace(c.model, sample_size=(8, 8), fit_patch=0, fit_layers="(1)"))
+    Image.fromarray(np.full((8, 8, 3), (0, 30, 60), np.uint8)).save(tmp_path / "photo.png")
+    args = SimpleNamespace(
+        images=[], boxes=None, complete=str(tmp_path / "photo.png"), strip=False, count=2,
+        class_name=None, out=str(tmp_path), seed=0)
+    report = sample.show_samples(m.build(c.model), c, ("ar",), args, torch.manual_seed(0))
+    drawn = np.asarray(Image.open(report["pictures"][0]).convert("L"))
+    assert report["samples"] == 2 and report["classes"] is None and (drawn == 30).any()
+
+
 @pytest.mark.parametrize("options, words", [
-    (["--levels=1"], "unknown levels 1"),
+    (["--levels=1"], "levels 1: expected 2 to 256"),
     (["--num_classes=3"], "num_classes is 3, but the data has 4 classes"),
     (["--channels=1"], "channels is 1"),
     (["--tasks=gen"], "'gen' is no task of ImageARConfig"),

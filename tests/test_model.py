@@ -206,6 +206,31 @@ def test_attention_maps_are_distributions_over_the_patches_and_leave_no_hook(tin
     assert not any(layer.cross_att._forward_hooks for layer in tiny_model.decoder.layers)
 
 
+@pytest.mark.parametrize("layers, tokens, width", [
+    ("(1)1(1)1", 5 * 3, 40),           # ends with latents, which the decoder attends to
+    ("(1)1(1)", 5 * 8, 32),            # ends with local layers: to the tokens of 5 groups
+])
+def test_a_fit_encodes_for_the_decoder_and_learns(tiny_config, layers, tokens, width):
+    c = replace(
+        tiny_config, encoder="fit", image_size=(32, 64), patch_size=8, fit_layers=layers,
+        fit_latents=3, fit_latent_dim=40)
+    model = Pix2Seq(c)
+    images, written = torch.rand(2, 3, 32, 64), torch.randint(0, 210, (2, 6))
+    assert model.encode(images).shape == (2, tokens, width)
+    model(images, written).square().mean().backward()
+    missing = [k for k, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing
+    context, prompts = model.eval().encode(images), written[:, :1]
+    assert torch.equal(*(
+        model.generate(context, prompts, 8, cache=cache, temperature=0).tokens
+        for cache in (True, False)))
+
+
+def test_images_that_a_fit_cannot_cut_are_refused(tiny_config):
+    with pytest.raises(ValueError, match="image_size 40 is not a multiple of 16"):
+        Pix2Seq(replace(tiny_config, encoder="fit", image_size=(40, 64), patch_size=8))
+
+
 def test_sampling_follows_the_softmax():
     probs = torch.tensor([0.5, 0.3, 0.2])
     tokens = sample_token(probs.log().expand(20_000, 3), generator=seeded(0))
