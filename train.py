@@ -319,7 +319,7 @@ def check_tasks(c, device):
 LENGTHS = {                                            # c -> tokens of a task's longest sequence
     "det": lambda c: 5 * c.data.max_objects,
     "seg": lambda c: 5 + 2 * c.data.max_points,
-    "kpt": lambda c: 5 + 2 * max(len(known.get("keypoints", ())) for known in c.categories),
+    "kpt": lambda c: 5 + 2 * max((len(k.get("keypoints", ())) for k in c.categories), default=0),
     "cap": lambda c: c.data.caption_length,
 }
 
@@ -434,8 +434,10 @@ class Muon(torch.optim.Optimizer):
                 if not n:
                     p.sub_(group["lr"] * adam_update(p, self.state[p], group))
                     continue
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 0.05)
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                momentum = state["momentum"].lerp_(p.grad, 0.05)
                 ahead = p.grad.lerp(momentum, 0.95).flatten(1)
                 for matrix, change in zip(p.chunk(n), ahead.chunk(n)):
                     alike.setdefault(change.shape, []).append((matrix, change, group))
@@ -664,11 +666,12 @@ class Log:
         return sum(firsts) / len(firsts)
 
     def stopped(self, step):
-        """Says where the run stopped. Returns the metrics that reached the target, or None."""
+        """Says where the run stopped. Returns the metrics that reached the target, None if none
+        did; on other processes than the first {}, as at the end."""
         self.bar.close()
         self.device.say(f"stopped at step {step}, saved in {self.c.run.out}/last.pt; "
                         "the same command goes on from there")
-        return self.reached
+        return self.reached if self.device.first else {}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -389,6 +389,13 @@ def test_a_run_stops_where_its_target_is_reached_and_goes_on_without_it(
     assert train.train(c)["det"]["AP50"] == pytest.approx(2.4)         # of step 12
 
 
+def test_a_process_beside_the_first_ends_well_where_the_target_is_reached(tmp_path):
+    """torchrun takes an exit code other than 0 of any process for a failure."""
+    device = SimpleNamespace(first=False, quiet=True, world=2, name="cpu", say=lambda text: None)
+    log = train.Log(small_config(tmp_path), device, torch.nn.Linear(1, 1), 0)
+    assert log.stopped(4) == {}
+
+
 def test_two_swapped_class_names_are_not_the_same_run(tmp_path):
     data.export_shapes(str(tmp_path), 6, 64, 0, "jpg")
     c = small_config(tmp_path / "run", data="coco", data_dir=str(tmp_path), steps=1)
