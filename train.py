@@ -831,6 +831,12 @@ for size, published in PUBLISHED_AP.items():
             **FINETUNE,
         )
 preset(
+    "det_coco_fit_b",
+    "the same fine-tuning with a FIT as encoder (2305.12689; its sizes here are ours), 640 px",
+    like="det_coco_vit_b",
+    model=replace(SIZES["fit_b"], image_size=(640, 640)),
+)
+preset(
     "det_o365_vit_b",
     "Objects365 pretraining of 2109.10852, 640 px (learning rate and warm-up are ours); 32 GPUs",
     like="det_coco_vit_b",
@@ -1075,6 +1081,28 @@ preset(
     lr=2e-3,
     lr_schedule="cosine@0.7",
     batch_size=1024,
+)
+preset(
+    "gen_imagenet64_fit",
+    "ImageNet 64 px with a FIT (2305.12689; sizes ours, recipe of the RIN); 32 GPUs",
+    like="gen_imagenet64_rin",
+    model=FITConfig(num_classes=1000),
+)
+preset(
+    "gen_imagenet128_fit",
+    "the same with 128 px",
+    like="gen_imagenet64_fit",
+    sample_size=(128, 128),
+    fit_patch=8,
+)
+preset(
+    "ar_imagenet64_fit",
+    "ImageNet 64 px written value by value with a FIT (2305.12689; sizes ours); 32 GPUs",
+    like="gen_imagenet64_rin",
+    model=ImageARConfig(num_classes=1000),
+    tasks=("ar",),
+    optimizer="adamw",
+    lr=1e-3,
 )
 preset(
     "gen_video64_rin",

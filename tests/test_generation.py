@@ -193,7 +193,8 @@ def shrunk(c):
             m, unet_dim=32, res_blocks=(1,) * len(m.res_blocks), attention_at=(8,), head_dim=32)
     elif isinstance(m, FITConfig):
         m = replace(
-            m, fit_layers="(1)1(1)", fit_dim=32, fit_heads=2, fit_latent_dim=32, fit_latent_heads=2)
+            m, fit_layers="(1)1(1)", fit_grid=2, fit_dim=32, fit_heads=2, fit_latent_dim=32,
+            fit_latent_heads=2)
     else:
         m = replace(
             m, latents=8, latent_dim=32, latent_heads=4, interface_dim=32, rw_heads=4,
