@@ -649,6 +649,8 @@ def show_samples(model, c, tasks, args, generator):
     if args.complete:                                  # first what the model was given
         predictions.insert(0, {"pixels": pixels})
     pictures = [draw_grid(predictions, f"{args.out}/samples")]
+    if c.model.cond_frames:
+        pictures.append(draw_beside(predictions[:4], records, f"{args.out}/frames"))
     if steps:
         steps = np.stack(steps, 1)                     # (8, steps, [T,] H, W, C)
         if steps.ndim == 6:
@@ -716,6 +718,15 @@ PALETTE = "tomato", "deepskyblue", "limegreen", "orange", "violet", "turquoise",
 
 def draw_grid(predictions, stem):
     return data.save_grid(np.stack([p["pixels"] for p in predictions]), stem)
+
+
+def draw_beside(predictions, records, stem):
+    """Predicted clips frame by frame, context first, and below each what really followed."""
+    clips = []                                         # of shape (T, H, W, C), two per prediction
+    for p, record in zip(predictions, records):
+        clips += p["pixels"], np.broadcast_to(record["pixels"], p["pixels"].shape)
+    frames = np.concatenate(clips)
+    return data.save_grid(frames, stem, columns=len(clips[0]))
 
 
 def draw(image, prediction, c, min_score=0.3, side=384):

@@ -339,6 +339,11 @@ def test_a_video_model_goes_on_from_context_frames(tmp_path):
     run("sample.py", f"--ckpt={tmp_path}/run", "--count=2", f"--out={tmp_path}/samples")
     with Image.open(tmp_path / "samples/samples.gif") as film:
         assert film.n_frames == 5
+    with Image.open(tmp_path / "samples/frames.png") as picture:       # guess, truth, guess, truth
+        rows = np.array_split(np.asarray(picture), 4)
+    context = 2 * rows[0].shape[1] // 5 - 2
+    assert (rows[0][:60, :context] == rows[1][:60, :context]).all()
+    assert (rows[0][:60, context:] != rows[1][:60, context:]).any()
 
 
 @pytest.mark.parametrize("argument, words", [
