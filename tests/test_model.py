@@ -97,7 +97,7 @@ def test_attention_deviations_are_the_published_ones():
     """The numbers of the reference's own networks, to three digits."""
     torch.manual_seed(0)
     vit = Pix2Seq(replace(SIZES["vit_b"], enc_layers=1, dec_layers=1))
-    rin = m.build(SMALL_RIN)
+    rin = m.build(replace(SMALL_RIN, latent_dim=128, interface_dim=96))
     for weight, std in [
         (vit.encoder.layers[0].self_att.q.weight, 0.00585),
         (vit.encoder.layers[0].self_att.kv.weight, 0.00585),
