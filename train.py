@@ -952,6 +952,7 @@ preset(
 preset(
     "gen_shapes_fit",
     "drawn shapes of a class, 32 px, FIT",
+    result="0.48 of 200 samples classified right after 1400 steps, about 13 minutes",
     like="gen_shapes_rin",
     model=FITConfig(
         sample_size=(32, 32), num_classes=4, fit_layers="(2)1(2)1(2)", fit_grid=2, fit_patch=4,
