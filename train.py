@@ -907,7 +907,7 @@ preset(
         latent_layers=(1, 1, 1, 1), rw_heads=4, conv_kernel=3, drop_path=0.0, dropout=0.0,
     ),
     b_scale=0.5,                                       # more of the noise that decides the shape
-    self_cond_rate=0.0,
+    self_cond_rate=0.0,                                # its norm stays 0: no use in sampling either
     optimizer="muon",
     lr=5e-3,
     steps=1500,
@@ -957,7 +957,7 @@ preset(
     model=FITConfig(
         sample_size=(32, 32), num_classes=4, fit_layers="(2)1(2)1(2)", fit_grid=2, fit_patch=4,
         fit_dim=128, fit_heads=4, fit_latents=4, fit_latent_dim=128, fit_latent_heads=4,
-        fit_position="sin_cos",                        # learned ones, small at first: 0.27
+        fit_position="sin_cos",                        # learned ones begin too small to be seen
     ),
 )
 preset(

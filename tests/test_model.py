@@ -231,6 +231,15 @@ def test_images_that_a_fit_cannot_cut_are_refused(tiny_config):
         Pix2Seq(replace(tiny_config, encoder="fit", image_size=(40, 64), patch_size=8))
 
 
+def test_sizes_are_printed_for_every_network(capsys):
+    m.print_sizes()
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line]
+    assert {row[0] for row in rows} >= {*SIZES, *m.NETWORKS} - {"Pix2Seq"}
+    vit, fit = (next(row for row in rows if row[0] == name) for name in ("vit_b", "fit_b"))
+    assert vit[1:4] == ["12", "x", "768"] and fit[1:4] == ["(2)4(2)", "x", "768"]
+    assert vit[-2] == f"{m.count_parameters(Pix2Seq(SIZES['vit_b'])):,}"
+
+
 def test_sampling_follows_the_softmax():
     probs = torch.tensor([0.5, 0.3, 0.2])
     tokens = sample_token(probs.log().expand(20_000, 3), generator=seeded(0))
