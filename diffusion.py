@@ -18,7 +18,7 @@ shaped like x_t, hidden state or None):
 Papers: Bit Diffusion 2208.04202 (analog bits, self-conditioning, time intervals), RIN 2212.11972
 (latent self-conditioning), Pix2Seq-D 2210.06366 (masks), schedules 2301.10972, guidance 2207.12598,
 v 2202.00512.
-Left out: learned variances, higher-order solvers, losses weighted by time, softmax over one-hot.
+Left out: learned variances, higher-order solvers, softmax over one-hot.
 
     python -m pytest -q tests/test_diffusion.py         # what this file claims, checked
     python -c "import diffusion; print(diffusion.gamma_schedule('sigmoid@-3,3,0.9'))"
@@ -46,6 +46,7 @@ class DiffusionConfig:
     self_cond_rate: float = 0.5         # self-conditioning probability
     self_cond_masking: bool = False     # choose examples one by one; else the first of a batch
     label_drop: float = 0.0             # label dropout probability, for guidance
+    low_noise_weight: float = 1.0       # little noise counts more: min(1 / (1 - gamma), this)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -245,7 +246,9 @@ def denoising_losses(network, batch, c, t=None, generator=None):
     network then sees (self-conditioning), and a pass with gradient.
 
     batch: data.Batch on the device, its targets uint8 pixels. While the network trains, labels are
-           hidden with probability label_drop, for guidance: the same labels in both passes
+           hidden with probability label_drop, for guidance: the same labels in both passes; and
+           low_noise_weight holds, with which the error of x0 counts like that of v, but where it
+           would count most (as 2202.00512, section 4, and 2303.09556 weigh it)
     t:     (B,), or None for uniform times
     """
     d = c.diffusion
@@ -259,7 +262,11 @@ def denoising_losses(network, batch, c, t=None, generator=None):
     state = self_cond_for_training(denoise, x_t, gamma, cond, c, generator)
     denoise = as_denoiser(network, c, logits=True)
     pred, _ = denoise(x_t, gamma, state, **cond)
-    return diffusion_loss(pred, d.pred_type, x0, eps, gamma, d.b_scale, c.model.softmax_groups)
+    losses = diffusion_loss(
+        pred, d.pred_type, x0, eps, gamma, d.b_scale, c.model.softmax_groups)
+    if network.training:
+        losses = losses / (1 - gamma).clamp(min=1 / d.low_noise_weight)
+    return losses
 
 
 def denoising_loss(network, batch, c):

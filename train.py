@@ -344,6 +344,8 @@ def check_generation(c, source):
     diffusion.check_choice(d.pred_type, diffusion.PRED_TYPES, "pred_type")
     diffusion.check_choice(c.sampling.sampler, diffusion.SAMPLERS, "sampler")
     diffusion.check_choice(d.bits, ("", *diffusion.RGB_CODES), "bits")
+    if d.low_noise_weight < 1:
+        raise ValueError(f"low_noise_weight is {d.low_noise_weight}, expected at least 1")
     if c.model.channels != channels:
         raise ValueError(
             f"channels is {c.model.channels}, but image_channels={c.data.image_channels} with "

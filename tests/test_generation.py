@@ -1,5 +1,6 @@
 """Networks that generate: training, its checkpoints, sampling, through the same scripts."""
 import json
+import math
 import os
 import re
 import signal
@@ -136,6 +137,23 @@ def test_labels_are_dropped_at_their_rate_while_the_network_trains():
     assert 0.2 < dropped.float().mean() < 0.3 and torch.equal(seen[0][~dropped], labels[~dropped])
     denoising_losses(spy.eval(), batch, c)
     assert torch.equal(seen[1], labels)
+
+
+def test_little_noise_counts_more_while_the_network_trains():
+    times = torch.tensor([0.1, 0.5, 0.6, 0.999])
+    batch = batch_of(random_pixels(4, 3, 8, 8), torch.arange(4))
+    network = build(replace(TINY_UNET, self_cond="none"))
+
+    def losses(weight):
+        c = recipe(network.config, train_schedule="cosine@0,1,1", low_noise_weight=weight)
+        return denoising_losses(network, batch, c, times, torch.Generator().manual_seed(0))
+
+    network.eval()
+    assert torch.equal(losses(1.0), losses(3.0))
+    network.train()
+    plain, weighted = losses(1.0), losses(3.0)
+    expected = [3, 2, 1 / math.sin(0.3 * math.pi) ** 2, 1]      # gamma = cos(pi t / 2) ** 2
+    assert torch.allclose(weighted / plain, torch.tensor(expected), atol=1e-4)
 
 
 def test_noise_of_a_loss_at_given_times_is_the_generators():
@@ -350,6 +368,7 @@ def test_a_video_model_goes_on_from_context_frames(tmp_path):
     ("--channels=4", "channels is 4, but image_channels=3"),
     ("--num_classes=7", "num_classes is 7, but the data has 4 classes"),
     ("--train_schedule=cosin", "unknown schedule 'cosin'"),
+    ("--low_noise_weight=0.5", "low_noise_weight is 0.5, expected at least 1"),
     ("--pred_type=noise", "unknown pred_type 'noise'; choices: x, eps"),
     ("--bits=utf8", "unknown bits 'utf8'"),
     ("--tasks=gen,det", "'det' is no task of RINConfig, expected some of gen"),
