@@ -901,18 +901,18 @@ preset(
 preset(
     "gen_shapes_rin",
     "the same with a RIN",
-    result="0.51 of 200 samples classified right after 12.4 minutes",
+    result="0.70 of 200 samples classified right after 2000 steps, 16.4 minutes on a busy machine",
     like="gen_shapes",
     model=RINConfig(
         num_classes=4, interface_patch=4, interface_dim=128, interface_mlp_ratio=4,
         interface_position="sin_cos_plus_learned", latents=16, latent_dim=96, latent_heads=4,
         latent_layers=(1, 1, 1, 1), rw_heads=4, conv_kernel=3, drop_path=0.0, dropout=0.0,
     ),
-    b_scale=0.5,                                       # more of the noise that decides the shape
+    low_noise_weight=16.0,                             # where outlines are drawn
     self_cond_rate=0.0,                                # its norm stays 0: no use in sampling either
     optimizer="muon",
     lr=5e-3,
-    steps=1500,
+    steps=1900,
     warmup_steps=100,
     sample_steps=25,
 )
@@ -936,6 +936,8 @@ preset(
     frame_stride=2,
     guidance=0.0,
     proxy_classifier=False,
+    b_scale=0.2,                                       # much noise: what follows must be foreseen
+    low_noise_weight=1.0,
     batch_size=8,
 )
 preset(
