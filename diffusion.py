@@ -46,7 +46,7 @@ class DiffusionConfig:
     self_cond_rate: float = 0.5         # self-conditioning probability
     self_cond_masking: bool = False     # choose examples one by one; else the first of a batch
     label_drop: float = 0.0             # label dropout probability, for guidance
-    low_noise_weight: float = 1.0       # little noise counts more: min(1 / (1 - gamma), this)
+    low_noise_weight: float = 1.0       # loss weight in training: min(1 / (1 - gamma), this)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -246,9 +246,9 @@ def denoising_losses(network, batch, c, t=None, generator=None):
     network then sees (self-conditioning), and a pass with gradient.
 
     batch: data.Batch on the device, its targets uint8 pixels. While the network trains, labels are
-           hidden with probability label_drop, for guidance: the same labels in both passes; and
-           low_noise_weight holds, with which the error of x0 counts like that of v, but where it
-           would count most (as 2202.00512, section 4, and 2303.09556 weigh it)
+           hidden with probability label_drop, for guidance, the same in both passes; and losses
+           are weighted by 1 / (1 - gamma), which turns the error of x0 into that of v (2202.00512,
+           section 4), but by low_noise_weight at most (as in 2303.09556)
     t:     (B,), or None for uniform times
     """
     d = c.diffusion

@@ -344,7 +344,7 @@ def check_generation(c, source):
     diffusion.check_choice(d.pred_type, diffusion.PRED_TYPES, "pred_type")
     diffusion.check_choice(c.sampling.sampler, diffusion.SAMPLERS, "sampler")
     diffusion.check_choice(d.bits, ("", *diffusion.RGB_CODES), "bits")
-    if d.low_noise_weight < 1:
+    if not 1 <= d.low_noise_weight < math.inf:         # nor is NaN
         raise ValueError(f"low_noise_weight is {d.low_noise_weight}, expected at least 1")
     if c.model.channels != channels:
         raise ValueError(
@@ -929,6 +929,7 @@ preset(
 preset(
     "video_shapes",
     "six frames of a moving shape after two context frames, 32 px, RIN",
+    result="frame_error 0.0184, copy_error 0.0226 after 1200 steps: no motion learned yet",
     like="gen_shapes_rin",
     num_classes=0,
     frames=6,
@@ -956,8 +957,11 @@ preset(
 preset(
     "gen_shapes_fit",
     "drawn shapes of a class, 32 px, FIT",
-    result="0.48 of 200 samples classified right after 1400 steps, about 13 minutes",
+    result="0.48 of 200 samples classified right after 1400 steps, 19.4 minutes with pauses",
     like="gen_shapes_rin",
+    b_scale=0.5,                                       # as measured; not yet with the RIN's weight
+    low_noise_weight=1.0,
+    steps=1400,
     model=FITConfig(
         sample_size=(32, 32), num_classes=4, fit_layers="(2)1(2)1(2)", fit_grid=2, fit_patch=4,
         fit_dim=128, fit_heads=4, fit_latents=4, fit_latent_dim=128, fit_latent_heads=4,

@@ -369,6 +369,7 @@ def test_a_video_model_goes_on_from_context_frames(tmp_path):
     ("--num_classes=7", "num_classes is 7, but the data has 4 classes"),
     ("--train_schedule=cosin", "unknown schedule 'cosin'"),
     ("--low_noise_weight=0.5", "low_noise_weight is 0.5, expected at least 1"),
+    ("--low_noise_weight=nan", "low_noise_weight is nan, expected at least 1"),
     ("--pred_type=noise", "unknown pred_type 'noise'; choices: x, eps"),
     ("--bits=utf8", "unknown bits 'utf8'"),
     ("--tasks=gen,det", "'det' is no task of RINConfig, expected some of gen"),
