@@ -1,14 +1,54 @@
-"""What all tests share: the project on the path, few threads, a small Pix2Seq model."""
+"""What all tests share: the project on the path, few threads, scripts, a small Pix2Seq model."""
+import contextlib
+import importlib
+import io
 import os
+import signal
+import subprocess
 import sys
+from unittest.mock import patch
 
 import pytest
 import torch
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+sys.path.insert(0, ROOT)
 torch.set_num_threads(1)
 
 from model import Pix2Seq, Pix2SeqConfig
+
+
+def run(script, *arguments, torchrun=0, process=False, cwd=".", check=True):
+    """What a script says to these arguments. Under torchrun or in a process of its own it takes
+    seconds longer than in this one."""
+    if torchrun or process:
+        several = ["-m", "torch.distributed.run", f"--nproc_per_node={torchrun}", "--standalone"]
+        command = [sys.executable, *several * bool(torchrun), f"{ROOT}/{script}", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=ENVIRONMENT)
+    else:
+        done = call(script, arguments, cwd)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def call(script, arguments, cwd):
+    main = importlib.import_module(script.removesuffix(".py")).main
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    out, err, code, here = io.StringIO(), io.StringIO(), 0, os.getcwd()
+    try:
+        os.chdir(cwd)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            with patch.object(sys, "argv", [script, *arguments]):
+                main()
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else int(e.code is not None)
+        err.write(f"{e.code}\n" * isinstance(e.code, str))
+    finally:
+        os.chdir(here)
+        for number, handler in handlers:
+            signal.signal(number, handler)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture

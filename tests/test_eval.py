@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import ENVIRONMENT, ROOT, run
 from PIL import Image
 
 import data
@@ -22,8 +23,6 @@ from model import Device, Pix2Seq, Pix2SeqConfig, save
 from tokenizer import BytePieces
 from train import Config
 
-ROOT = os.path.dirname(os.path.abspath(eval.__file__))
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 TASKS = ("det", "seg", "kpt", "cap")
 MODEL = Pix2SeqConfig(
     image_size=(64, 64), patch_size=16,
@@ -252,19 +251,13 @@ def checkpoint(tmp_path_factory, model):
     return path
 
 
-def script(name, *arguments, cwd=None, check=True):
-    command = [sys.executable, os.path.join(ROOT, name), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=ENVIRONMENT)
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
 def test_sample_predicts_for_photos_of_any_size(checkpoint, tmp_path):
     sizes = {"wide": (300, 40), "tall": (20, 333), "dot": (1, 1)}
     for name, size in sizes.items():
         Image.new("RGB", size, "green").save(tmp_path / f"{name}.png")
     photos = [f"{name}.png" for name in sizes]
-    done = script("sample.py", *photos, f"--ckpt={checkpoint}", "--min_score=0", cwd=tmp_path)
+    done = run(
+        "sample.py", *photos, f"--ckpt={checkpoint}", "--min_score=0", cwd=tmp_path, process=True)
     report = json.loads(done.stdout)
     assert [(r["width"], r["height"]) for r in report] == list(sizes.values())
     for r in report:
@@ -278,7 +271,7 @@ def test_sample_predicts_for_photos_of_any_size(checkpoint, tmp_path):
 
 def test_sample_takes_held_out_images_and_repeats_itself(checkpoint, tmp_path):
     options = f"--ckpt={checkpoint}", "--count=2", "--task=det,cap", "--seed=3"
-    first, again = (script("sample.py", *options, cwd=tmp_path).stdout for _ in range(2))
+    first, again = (run("sample.py", *options, cwd=tmp_path).stdout for _ in range(2))
     assert first == again and len(json.loads(first)) == 2
 
 
@@ -290,7 +283,7 @@ def test_attention_to_latents_is_no_picture():
 
 def test_sample_shows_the_attention_of_the_tokens_of_an_object(checkpoint, tmp_path):
     options = "--count=5", "--task=det", "--attention", "--min_score=0"
-    script("sample.py", f"--ckpt={checkpoint}", *options, cwd=tmp_path)
+    run("sample.py", f"--ckpt={checkpoint}", *options, cwd=tmp_path)
     pictures = [name for name in os.listdir(tmp_path / "samples") if "attention" in name]
     assert pictures and Image.open(tmp_path / "samples" / pictures[0]).size[0] > 300
 
@@ -298,13 +291,13 @@ def test_sample_shows_the_attention_of_the_tokens_of_an_object(checkpoint, tmp_p
 def test_sample_takes_prompt_boxes(checkpoint, tmp_path):
     Image.new("RGB", (90, 80), "green").save(tmp_path / "a.png")
     model, boxes = f"--ckpt={checkpoint}", ("10,10,30,40,figure", "5,5,20,20,circle")
-    done = script(
+    done = run(
         "sample.py", "a.png", model, "--task=seg,kpt", "--boxes", *boxes, cwd=tmp_path)
     figure, circle = json.loads(done.stdout)[0]["objects"]
     assert (figure["name"], circle["name"]) == ("figure", "circle")
     assert "segmentation" in figure and "segmentation" in circle
     assert len(figure["keypoints"]) == 15 and "keypoints" not in circle
-    done = script("sample.py", "a.png", model, "--boxes", "1,2,3,dog", cwd=tmp_path, check=False)
+    done = run("sample.py", "a.png", model, "--boxes", "1,2,3,dog", cwd=tmp_path, check=False)
     assert "expected X,Y,W,H,NAME, the name one of circle" in done.stderr
 
 
@@ -332,20 +325,20 @@ def test_the_checkpoint_is_the_best_of_the_newest_run_or_of_the_one_that_is_name
     ("--task=paint", "this model knows det, seg, kpt, cap"),
 ])
 def test_sample_names_what_is_wrong(checkpoint, tmp_path, argument, words):
-    done = script("sample.py", f"--ckpt={checkpoint}", argument, cwd=tmp_path, check=False)
+    done = run("sample.py", f"--ckpt={checkpoint}", argument, cwd=tmp_path, check=False)
     assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("name", ["sample.py", "eval.py"])
 def test_an_unknown_option_names_the_nearest(checkpoint, tmp_path, name):
-    done = script(name, f"--ckpt={checkpoint}", "--temperatur=1", cwd=tmp_path, check=False)
+    done = run(name, f"--ckpt={checkpoint}", "--temperatur=1", cwd=tmp_path, check=False)
     words = "error: unknown option --temperatur, did you mean '--temperature'?"
     assert done.returncode == 2 and done.stderr.strip() == words
 
 
 def test_eval_prints_and_saves_all_numbers(checkpoint, tmp_path):
     options = "--task=det,kpt,cap", "--boxes=truth", "--limit=3", "--top_p=0.9", "--workers=1"
-    done = script("eval.py", f"--ckpt={checkpoint}", f"--out={tmp_path}/x", *options)
+    done = run("eval.py", f"--ckpt={checkpoint}", f"--out={tmp_path}/x", *options)
     saved = json.loads((tmp_path / "x_metrics.json").read_text())
     assert set(eval.BOX_METRICS) <= set(saved["det"])
     assert set(eval.KEYPOINT_METRICS) <= set(saved["kpt"])
@@ -362,12 +355,8 @@ def test_eval_prints_and_saves_all_numbers(checkpoint, tmp_path):
 
 def test_two_processes_find_what_one_finds(checkpoint, tmp_path):
     options = f"--ckpt={checkpoint}", "--workers=0", "--task=det,cap", "--batch_size=1"
-    script("eval.py", *options, f"--out={tmp_path}/one")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    done = subprocess.run(
-        [*torchrun, f"{ROOT}/eval.py", *options, f"--out={tmp_path}/two"],
-        capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run("eval.py", *options, f"--out={tmp_path}/one")
+    run("eval.py", *options, f"--out={tmp_path}/two", torchrun=2)
     for task in ("det", "cap"):
         one, two = (
             json.loads((tmp_path / f"{name}_{task}.json").read_text()) for name in ("one", "two"))

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import ENVIRONMENT, ROOT, run
 from PIL import Image
 
 import data
@@ -29,10 +30,8 @@ from diffusion import (
 )
 from model import FIT, RIN, Device, FITConfig, RINConfig, UNet, UNetConfig, build, load
 from sample import configured, load_model
-from train import PRESETS, Config
+from train import PRESETS, Config, OptimConfig, make_optimizer
 
-ROOT = os.path.dirname(os.path.abspath(train.__file__))
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 TINY_UNET = UNetConfig(
     sample_size=(8, 8), num_classes=4, self_cond="x", unet_dim=32, multipliers=(1,),
     res_blocks=(1,), attention_at=(8,), head_dim=32)
@@ -54,16 +53,6 @@ def batch_of(pixels, labels):
 def random_pixels(*shape):
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-
-
-def run(script, *arguments, torchrun=0, check=True):
-    command = [sys.executable]
-    if torchrun:
-        command += ["-m", "torch.distributed.run", f"--nproc_per_node={torchrun}", "--standalone"]
-    command += [os.path.join(ROOT, script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
 
 
 # --------------------------------------------------------------------------------------------------
@@ -89,10 +78,11 @@ def test_condition_is_what_the_network_takes():
 # --------------------------------------------------------------------------------------------------
 # training
 
-def overfit(c, batch, steps, lr=3e-3):
+def overfit(c, batch, steps, lr=2e-2):
     torch.manual_seed(0)
     network = build(c.model).train()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0.0)
+    o = OptimConfig(optimizer="muon", lr=lr, weight_decay=0.0)
+    optimizer = make_optimizer(network.named_parameters(), o)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 - step / steps)
@@ -104,10 +94,10 @@ def overfit(c, batch, steps, lr=3e-3):
 
 
 @pytest.mark.parametrize("model, fields, steps", [
-    (TINY_UNET, dict(pred_type="x"), 300),
-    (TINY_RIN, dict(pred_type="x", self_cond_rate=0.9, self_cond_masking=True), 500),
+    (TINY_UNET, dict(pred_type="x"), 120),
+    (TINY_RIN, dict(pred_type="x", self_cond_rate=0.9, self_cond_masking=True), 120),
     (replace(TINY_UNET, channels=24, softmax_groups=3),
-     dict(bits="uint8", pred_type="x_softmax_xent", b_scale=0.5), 600),
+     dict(bits="uint8", pred_type="x_softmax_xent", b_scale=0.5), 140),
 ], ids=["unet", "rin-latent", "bits"])
 def test_a_batch_is_overfit_and_sampling_gives_it_back(model, fields, steps):
     c = recipe(model, sample_steps=20, sampler="ddim", **fields)

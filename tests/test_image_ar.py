@@ -1,16 +1,14 @@
 """ImageAR: tokens of an image, causality, cached writing, and the task `ar` from end to end."""
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import run
 from PIL import Image
-from test_train import ENVIRONMENT, ROOT, run
 
 import eval
 import model as m
@@ -190,7 +188,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(finished, tmp_path, monkeypatch):
 
 
 def test_two_processes_give_the_result_of_one(finished, tmp_path):
-    run("ar_shapes", *SMALL, f"--out={tmp_path / 'two'}", torchrun=2)
+    run("train.py", "ar_shapes", *SMALL, f"--out={tmp_path / 'two'}", torchrun=2)
     one, two = (
         m.load(f"{folder}/last.pt")["model"] for folder in (finished, tmp_path / "two"))
     assert max((one[k] - two[k]).abs().max().item() for k in one) < 1e-5
@@ -202,10 +200,8 @@ def test_sample_draws_images_of_a_class_and_completes_a_photo(finished, tmp_path
     Image.fromarray(pixels).save(photo)
 
     def draw(*options):
-        command = [
-            sys.executable, f"{ROOT}/sample.py", f"--ckpt={finished}", "--count=4",
-            f"--out={tmp_path}", "--device=cpu", *options]
-        return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+        shared = f"--ckpt={finished}", "--count=4", f"--out={tmp_path}", "--device=cpu"
+        return run("sample.py", *shared, *options, check=False)
 
     done = draw("--class=circle")
     assert json.loads(done.stdout)["classes"] == ["circle"] * 4, done.stderr

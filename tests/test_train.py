@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ENVIRONMENT, ROOT, run
 
 import data
 import eval
@@ -32,24 +33,11 @@ from sample import configured, load_model
 from tokenizer import Vocab, encode_detection
 from train import PRESETS, Config, OptimConfig, parse
 
-ROOT = os.path.dirname(os.path.abspath(train.__file__))
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 SMALL = [
     "--steps=6", "--save_every=2", "--log_every=1", "--val_count=4", "--pictures=2",
     "--batch_size=4", "--enc_layers=1", "--dec_layers=1", "--enc_dim=32", "--enc_mlp=64",
     "--dec_dim=32", "--dec_mlp=64", "--dropout=0.1", "--drop_path=0.1", "--workers=0",
     "--device=cpu"]
-
-
-def run(*arguments, torchrun=0, check=True):
-    """train.py in a process of its own, or in several."""
-    command = [sys.executable]
-    if torchrun:
-        command += ["-m", "torch.distributed.run", f"--nproc_per_node={torchrun}", "--standalone"]
-    command += [os.path.join(ROOT, "train.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
 
 
 def small_config(folder, **changes):
@@ -85,7 +73,7 @@ def signals():
 def finished(tmp_path_factory):
     """A whole small run on drawn shapes: its folder and what it printed."""
     folder = str(tmp_path_factory.mktemp("run") / "whole")
-    return folder, run(*SMALL, f"--out={folder}").stdout
+    return folder, run("train.py", *SMALL, f"--out={folder}").stdout
 
 
 # --------------------------------------------------------------------------------------------------
@@ -131,7 +119,7 @@ def test_help_shows_options_and_list_shows_presets(capsys):
         parse(["gen_shapes", "--help"])
     out = capsys.readouterr().out
     assert stop.value.code == 0 and "--sample_steps" in out and "(default: 50)" in out
-    listed = run("--list").stdout
+    listed = run("train.py", "--list").stdout
     assert all(name in listed for name in PRESETS)
 
 
@@ -309,7 +297,7 @@ def test_a_run_leaves_its_files_and_says_what_is_next(finished):
 
 def test_a_finished_run_only_says_its_result_again(finished):
     before = losses(finished[0])
-    output = run(*SMALL, f"--out={finished[0]}").stdout
+    output = run("train.py", *SMALL, f"--out={finished[0]}").stdout
     assert "det: AP" in output and losses(finished[0]) == before
     steps = [entry["step"] for entry in logged(finished[0]) if "det_AP" in entry]
     assert steps == [6], "its evaluation stands in the log once"
@@ -330,7 +318,7 @@ def test_an_interrupted_run_ends_bit_identical_to_an_uninterrupted_one(how, fini
     assert code == (-9 if how == signal.SIGKILL else 130), rest
     stopped = load(f"{folder}/last.pt")["step"]
     assert 2 <= stopped < 6, stopped
-    run(*SMALL, f"--out={folder}")
+    run("train.py", *SMALL, f"--out={folder}")
     assert same_weights(folder, finished[0]) and losses(folder) == losses(finished[0])
 
 
@@ -412,7 +400,7 @@ def test_two_swapped_class_names_are_not_the_same_run(tmp_path):
 def test_fresh_moves_the_earlier_run_aside(finished, tmp_path):
     folder = str(tmp_path / "run")
     shutil.copytree(finished[0], folder)
-    run(*SMALL, f"--out={folder}", "--fresh")
+    run("train.py", *SMALL, f"--out={folder}", "--fresh")
     assert same_weights(folder, folder + ".1") and losses(folder) == losses(finished[0])
 
 
@@ -426,12 +414,12 @@ def test_fresh_with_a_wrong_configuration_leaves_the_earlier_run_in_place(finish
 
 def test_a_task_joins_at_its_step(tmp_path):
     several = [*SMALL, "--tasks=det,cap", "--task_starts=0,3", "--steps=4"]
-    run(*several, f"--out={tmp_path}/run")
+    run("train.py", *several, f"--out={tmp_path}/run")
     steps = {entry["step"]: entry for entry in logged(tmp_path / "run") if "loss" in entry}
     assert ["loss_cap" in steps[step] for step in (1, 2, 3, 4)] == [False, False, False, True]
     assert steps[1]["loss"] == steps[1]["loss_det"]
     assert steps[4]["loss"] == pytest.approx(steps[4]["loss_det"] + steps[4]["loss_cap"])
-    refused = run(*several, f"--out={tmp_path}/other", "--task_starts=1,3", check=False)
+    refused = run("train.py", *several, f"--out={tmp_path}/other", "--task_starts=1,3", check=False)
     assert refused.returncode == 1 and "a task that starts at step 0" in refused.stderr
 
 
@@ -439,8 +427,8 @@ def test_two_processes_give_the_result_of_one(tmp_path):
     # Not Muon: it makes the rounding in a direction without gradient as long as any other.
     still = [*SMALL, "--dropout=0", "--drop_path=0", "--optimizer=adamw", "--lr=2e-3"]
     for name, processes in (("one", 0), ("two", 2)):
-        run(*still, f"--out={tmp_path / name}", torchrun=processes)
-    run(*still, f"--out={tmp_path / 'parts'}", "--accumulate=2")
+        run("train.py", *still, f"--out={tmp_path / name}", torchrun=processes)
+    run("train.py", *still, f"--out={tmp_path / 'parts'}", "--accumulate=2")
     one = load(str(tmp_path / "one/last.pt"))["model"]
     best = load(str(tmp_path / "one/best.pt"))["best"]
     for other in ("two", "parts"):
@@ -465,10 +453,10 @@ def test_a_finetune_to_other_classes_is_refused_until_adapt_says_it_is_meant(fin
     command = [
         *SMALL, "--data=coco", f"--data_dir={tmp_path}", f"--init_from={finished[0]}",
         f"--out={tmp_path / 'run'}", "--vocab_size=442", "--image_size=96"]
-    refused = run(*command, check=False)
+    refused = run("train.py", *command, check=False)
     assert refused.returncode == 1 and "has other classes" in refused.stderr, refused.stderr
     assert not os.path.exists(tmp_path / "run/last.pt")
-    output = run(*command, "--adapt").stdout
+    output = run("train.py", *command, "--adapt").stdout
     assert "adapted: decoder.embed: 432 rows, the model has 442" in output, output
     assert "classes differ, their tokens start afresh" in output, output
     _, c = load_model(str(tmp_path / "run/best.pt"), Device("cpu"))
@@ -486,7 +474,7 @@ def test_another_vocabulary_or_network_is_not_started_from(finished, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
     options = f"--out={tmp_path / 'run'}", "--lr=1e30", "--warmup_steps=2"
-    done = run(*SMALL, *options, check=False)
+    done = run("train.py", *SMALL, *options, check=False)
     assert done.returncode != 0, done.stdout
     assert re.search(r"the loss is {'det': (nan|inf)}", done.stderr), done.stderr
     assert load(str(tmp_path / "run/last.pt"))["step"] == 2
@@ -558,7 +546,7 @@ def test_data_that_is_not_there_is_an_error_without_a_traceback(tmp_path):
     for options, words in (
             ([f"--data_dir={tmp_path}"], "instances_train2017.json: no such file"),
             ([], "--data_dir")):
-        done = run("det_coco_tiny", *options, f"--out={tmp_path / 'run'}", check=False)
+        done = run("train.py", "det_coco_tiny", *options, f"--out={tmp_path / 'run'}", check=False)
         assert done.returncode == 1 and words in done.stderr, done.stderr
         assert "Traceback" not in done.stderr
 
