@@ -455,11 +455,12 @@ def orthogonal(x):
     """Matrices (N, rows, columns) -> nearly the nearest ones with all singular values 1: five steps
     of an odd polynomial that takes singular values from (0, 1] to about 1."""
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    wide = x if x.shape[1] <= x.shape[2] else x.mT
     for _ in range(5):
-        square = x @ x.mT if x.shape[1] < x.shape[2] else x.mT @ x
-        change = -4.775 * square + 2.0315 * square @ square
-        x = 3.4445 * x + (change @ x if x.shape[1] < x.shape[2] else x @ change)
-    return x
+        square = wide @ wide.mT
+        change = torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315)
+        wide = torch.baddbmm(wide, change, wide, beta=3.4445)
+    return wide if x.shape[1] <= x.shape[2] else wide.mT
 
 
 def evaluate_run(model, c, device, step, done):
