@@ -902,7 +902,7 @@ preset(
 preset(
     "gen_shapes_rin",
     "the same with a RIN",
-    result="0.70 of 200 samples classified right after 2000 steps, 16.4 minutes on a busy machine",
+    result="0.705 of 200 samples classified right, on test, three seeds; 15 minutes",
     like="gen_shapes",
     model=RINConfig(
         num_classes=4, interface_patch=4, interface_dim=128, interface_mlp_ratio=4,
@@ -910,7 +910,7 @@ preset(
         latent_layers=(1, 1, 1, 1), rw_heads=4, conv_kernel=3, drop_path=0.0, dropout=0.0,
     ),
     low_noise_weight=16.0,                             # where outlines are drawn
-    guidance=4.0,                                      # at 5 samples differ more from real ones
+    guidance=5.0,                                      # less of it: fewer of the class, but nearer
     self_cond_rate=0.0,                                # its norm stays 0: no use in sampling either
     optimizer="muon",
     lr=5e-3,
