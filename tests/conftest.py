@@ -23,8 +23,11 @@ def run(script, *arguments, torchrun=0, process=False, cwd=".", check=True):
     """What a script says to these arguments. Under torchrun or in a process of its own it takes
     seconds longer than in this one."""
     if torchrun or process:
-        several = ["-m", "torch.distributed.run", f"--nproc_per_node={torchrun}", "--standalone"]
-        command = [sys.executable, *several * bool(torchrun), f"{ROOT}/{script}", *arguments]
+        command = [sys.executable]
+        if torchrun:
+            command += ["-m", "torch.distributed.run", f"--nproc_per_node={torchrun}"]
+            command += ["--standalone"]
+        command += [f"{ROOT}/{script}", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=ENVIRONMENT)
     else:
         done = call(script, arguments, cwd)
@@ -33,6 +36,7 @@ def run(script, *arguments, torchrun=0, process=False, cwd=".", check=True):
 
 
 def call(script, arguments, cwd):
+    """A script's main, with what subprocess.run would return. Signal handlers stay as they are."""
     main = importlib.import_module(script.removesuffix(".py")).main
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
     out, err, code, here = io.StringIO(), io.StringIO(), 0, os.getcwd()
@@ -42,8 +46,10 @@ def call(script, arguments, cwd):
             with patch.object(sys, "argv", [script, *arguments]):
                 main()
     except SystemExit as e:
-        code = e.code if isinstance(e.code, int) else int(e.code is not None)
-        err.write(f"{e.code}\n" * isinstance(e.code, str))
+        code = e.code or 0
+        if isinstance(code, str):                      # a message stands for 1
+            err.write(f"{code}\n")
+            code = 1
     finally:
         os.chdir(here)
         for number, handler in handlers:

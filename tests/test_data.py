@@ -2,12 +2,11 @@ import argparse
 import itertools
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import run
 from PIL import Image
 
 import data
@@ -121,8 +120,7 @@ def test_keypoints_of_a_figure_lie_on_the_figure():
 
 @pytest.mark.parametrize("image_format", ["png", "jpg"])
 def test_exported_shapes_load_back_to_the_same_examples(tmp_path, image_format):
-    options = ["--export", str(tmp_path), "--count", "6", "--format", image_format]
-    subprocess.run([sys.executable, data.__file__, *options], check=True, capture_output=True)
+    run("data.py", "--export", str(tmp_path), "--count", "6", "--format", image_format)
     for split in ("train", "val"):
         drawn = Shapes(split, count=6)
         read = Coco(f"{tmp_path}/annotations/instances_{split}2017.json", f"{tmp_path}/{split}2017")
