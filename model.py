@@ -1365,6 +1365,8 @@ class UNetConfig:
     TASKS = "gen",
     sample_size: tuple[int, int] = (32, 32)     # height and width of what is denoised
     channels: int = 3                   # its channels
+    frames: int = 1                     # its frames; 1: an image
+    cond_frames: int = 0                # context frames of a video, as condition
     num_classes: int = 0                # labels, as condition (or features of that width); 0: none
     cond_channels: int = 0              # channels of a map, as condition; 0: none
     context_dim: int = 0                # width of a sequence to attend to, as condition; 0: none
@@ -1386,11 +1388,7 @@ class UNetConfig:
     time_scaling: float = 1000.0        # gamma is multiplied by this before it is coded
     unet_dropout: float = 0.0           # fraction of units left out in training
 
-    cond_frames = 0                     # a UNet denoises no videos
-
-    @property
-    def sample_shape(self):
-        return self.channels, *self.sample_size
+    sample_shape = RINConfig.sample_shape
 
 
 class ResBlock(nn.Module):
@@ -1503,7 +1501,8 @@ class MapTransformer(nn.Module):
 
 
 class UNet(nn.Module):
-    """UNet for diffusion (2006.11239), as in Bit Diffusion and Pix2Seq-D."""
+    """UNet for diffusion (2006.11239), as in Bit Diffusion and Pix2Seq-D. The frames of a video are
+    channels to it, those of the context too (as in 2205.09853)."""
 
     def __init__(self, config):
         super().__init__()
@@ -1523,7 +1522,9 @@ class UNet(nn.Module):
 
         dim = widths[0]
         self.time_emb = ScalarEmbedding(4 * c.unet_dim, c.time_scaling, c.num_classes)
-        inputs = c.channels * (1 if c.self_cond == "none" else 2) + c.cond_channels
+        channels = c.channels * c.frames
+        inputs = channels * (1 if c.self_cond == "none" else 2)
+        inputs += c.channels * c.cond_frames + c.cond_channels
         self.conv_in = SameConv2d(inputs, dim, c.in_kernel, c.in_stride)
         self.norm_in = group_norm(dim)
         self.down, self.up, skips = nn.ModuleList(), nn.ModuleList(), [dim]     # widths of skips
@@ -1542,19 +1543,21 @@ class UNet(nn.Module):
             in_dims = [in_dim + skips.pop() for in_dim in in_dims]
             self.up.insert(0, UNetStage(c, i, in_dims, "up" if i else "none"))
         self.norm_out = group_norm(dim, like=c.unet_dim)
-        outputs, kernel = c.channels, c.out_kernel
+        outputs, kernel = channels, c.out_kernel
         if c.softmax_groups:
-            outputs, kernel = 2 ** (c.channels // c.softmax_groups) * c.softmax_groups, 1
+            outputs, kernel = 2 ** (c.channels // c.softmax_groups) * c.softmax_groups * c.frames, 1
         self.conv_out = starts_at_zero(SameConv2d(dim, outputs * c.in_stride ** 2, kernel))
         initialize(self)
 
-    def forward(self, x, gamma, self_cond=None, labels=None, map=None, context=None):
+    def forward(
+            self, x, gamma, self_cond=None, labels=None, frames=None, map=None, context=None):
         """A denoiser of diffusion.py.
 
-        x:         (B, channels, *sample_size)
+        x:         (B, channels, *sample_size); of a video (B, channels, frames, *sample_size)
         gamma:     (B,) float, signal level of x
         self_cond: the estimate of an earlier call, shaped like x; None is the same as zeros
         labels:    (B,) int64, -1 for none; or float features (B, num_classes) in their place
+        frames:    context frames of a video (B, channels, cond_frames, *sample_size)
         map:       (B, cond_channels, *sample_size)
         context:   a sequence (B, S, context_dim)
         Returns the prediction, shaped like x, and None; with softmax_groups logits (B,
@@ -1563,14 +1566,15 @@ class UNet(nn.Module):
         """
         c = self.config
         check_inputs(
-            c, x, labels, map=(map, c.cond_channels), context=(context, c.context_dim))
+            c, x, labels, frames=(frames, c.cond_frames), map=(map, c.cond_channels),
+            context=(context, c.context_dim))
         labels = one_hot_labels(labels, c.num_classes, x)       # (B, num_classes)
         emb = F.silu(self.time_emb(gamma, labels))              # (B, 4 * unet_dim)
         inputs = [x]
         if c.self_cond != "none":
             inputs.append(torch.zeros_like(x) if self_cond is None else self_cond)
-        if map is not None:
-            inputs.append(map)
+        inputs += [part for part in (frames, map) if part is not None]
+        inputs = [part.flatten(1, -3) for part in inputs]       # frames become channels
         x = self.norm_in(self.conv_in(torch.cat(inputs, 1)))
         skips = [x]
         for stage in self.down:
@@ -1579,8 +1583,8 @@ class UNet(nn.Module):
             x = self.transformer(x, emb, context)
         for stage in reversed(self.up):                         # the first is the finest
             x = stage(x, emb, context, skips, up=True)
-        x = self.conv_out(F.silu(self.norm_out(x)))
-        return depth_to_space(x, c.in_stride), None
+        x = depth_to_space(self.conv_out(F.silu(self.norm_out(x))), c.in_stride)
+        return x.unflatten(1, (-1, *c.sample_shape[1:-2])), None
 
 
 def focal_losses(logits, targets, gamma=2.0):

@@ -298,6 +298,7 @@ def test_inputs_that_do_not_fit_are_refused(config):
 
 @pytest.mark.parametrize("config, name, value", [
     (replace(TINY_RIN, frames=2), "frames", torch.randn(2, 3, 1, 8, 8)),
+    (replace(TINY_UNET, frames=2), "frames", torch.randn(2, 3, 1, 8, 8)),
     (TINY_UNET, "map", torch.randn(2, 4, 8, 8)),
     (TINY_UNET, "context", torch.randn(2, 7, 20)),
 ])
@@ -330,6 +331,8 @@ UNET_OPTIONS = {
     "no positions": dict(
         transformer_layers=1, transformer_dim=32, transformer_position="none", res_blocks=(2, 3)),
     "one resolution": dict(multipliers=(1,), res_blocks=(2,), attention_at=(8,)),
+    "video": dict(frames=3, cond_frames=2, self_cond="x", num_classes=5),
+    "video of bits": dict(frames=3, channels=6, softmax_groups=2),
 }
 
 
@@ -341,11 +344,24 @@ def test_unet_predicts_in_the_shape_of_its_input_and_every_parameter_learns(name
     out, hidden = model(x, gamma, torch.randn_like(x), **conditions(c))
     assert hidden is None
     if c.softmax_groups:
-        assert out.shape == (2, 16, 8, 8)
+        assert out.shape == (2, 16, *c.sample_shape[1:])
         out = diffusion.softmax_bits(out, c.softmax_groups)
     assert out.shape == x.shape
     out.square().mean().backward()
     assert not without_gradient(model)
+
+
+def test_frames_are_channels_to_a_unet():
+    """Of a video it makes what it makes of an image that has as many channels."""
+    videos = replace(TINY_UNET, frames=3, cond_frames=2)
+    images = replace(TINY_UNET, channels=9, cond_channels=6)
+    model, other = randomised(m.UNet(videos)), m.UNet(images).eval()
+    other.load_state_dict(model.state_dict())
+    (x, gamma), frames = example(videos), torch.randn(2, 3, 2, 8, 8)
+    with torch.no_grad():
+        out, _ = model(x, gamma, frames=frames)
+        same, _ = other(x.flatten(1, 2), gamma, map=frames.flatten(1, 2))
+    assert torch.equal(out.flatten(1, 2), same)
 
 
 @pytest.mark.parametrize("side, kernel, stride", [
@@ -370,6 +386,7 @@ CASES = {
     "rin": (replace(TINY_RIN, num_classes=5), dict()),
     "video": (replace(TINY_RIN, frames=2, cond_frames=1), dict()),
     "unet": (replace(TINY_UNET, num_classes=5, self_cond="x"), dict()),
+    "video, unet": (replace(TINY_UNET, frames=2, cond_frames=1), dict()),
     "fit": (replace(TINY_FIT, num_classes=5), dict()),
     "bits": (
         replace(TINY_UNET, channels=24, softmax_groups=3),
