@@ -887,10 +887,12 @@ preset(
     sample_steps=50,
     proxy_classifier=True,
     pred_type="x",
+    low_noise_weight=16.0,                             # where outlines are drawn
+    optimizer="muon",
     batch_size=32,
-    steps=4400,
+    steps=1500,
     warmup_steps=200,
-    lr=2e-3,
+    lr=5e-3,
     lr_schedule="cosine",
     weight_decay=0.0,
     beta2=0.99,
@@ -909,11 +911,8 @@ preset(
         interface_position="sin_cos_plus_learned", latents=16, latent_dim=96, latent_heads=4,
         latent_layers=(1, 1, 1, 1), rw_heads=4, conv_kernel=3, drop_path=0.0, dropout=0.0,
     ),
-    low_noise_weight=16.0,                             # where outlines are drawn
     guidance=5.0,                                      # less of it: fewer of the class, but nearer
     self_cond_rate=0.0,                                # its norm stays 0: no use in sampling either
-    optimizer="muon",
-    lr=5e-3,
     steps=1900,
     warmup_steps=100,
     sample_steps=25,
@@ -940,8 +939,7 @@ preset(
     guidance=0.0,
     proxy_classifier=False,
     b_scale=0.1,                                       # much noise: what follows must be foreseen
-    optimizer="muon",
-    lr=5e-3,
+    low_noise_weight=1.0,
     batch_size=16,
     steps=3500,
     sample_steps=10,
@@ -957,7 +955,7 @@ preset(
     attention_at=(7,),
     data="mnist",
     image_channels=1,
-    steps=3600,
+    steps=1200,
 )
 preset(
     "gen_shapes_fit",
@@ -981,8 +979,6 @@ preset(
         fit_mlp_ratio=2,
     ),
     tasks=("ar",),
-    optimizer="muon",
-    lr=5e-3,
     lr_schedule="linear",
     clip_norm=0.0,
     ema_decay=0.0,
