@@ -919,7 +919,7 @@ preset(
 preset(
     "bits_shapes",
     "drawn shapes as analog bits (2208.04202), 16 px",
-    result="0.840 of 200 samples classified right after 12.1 minutes on one core",
+    result="0.845 of 200 samples classified right, on test, after 12.1 minutes on one core",
     like="gen_shapes",
     sample_size=(16, 16),
     in_stride=1,
