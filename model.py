@@ -834,16 +834,27 @@ class InterfaceConv(nn.Module):
 # RIN: Recurrent Interface Network, a denoiser (see diffusion.py)
 
 @dataclass(frozen=True)
-class RINConfig:
-    """Everything that fixes the shape of a RIN. The defaults are the reference's for CIFAR-10,
-    without labels."""
-    TASKS = "gen",
+class VideoConfig:
+    """What networks share that denoise images and videos."""
     sample_size: tuple[int, int] = (32, 32)     # height and width of what is denoised
     channels: int = 3                   # its channels
     frames: int = 1                     # its frames; 1: an image
     cond_frames: int = 0                # context frames of a video, as condition
-    frame_stride: int = 1               # frames in a patch of a video
     num_classes: int = 0                # labels, as condition (or features of that width); 0: none
+
+    @property
+    def sample_shape(self):
+        """(C, H, W), or of a video (C, T, H, W)."""
+        frames = [self.frames] if self.frames + self.cond_frames > 1 else []
+        return self.channels, *frames, *self.sample_size
+
+
+@dataclass(frozen=True)
+class RINConfig(VideoConfig):
+    """Everything that fixes the shape of a RIN. The defaults are the reference's for CIFAR-10,
+    without labels."""
+    TASKS = "gen",
+    frame_stride: int = 1               # frames in a patch of a video
     self_cond: str = "latent"           # of the last call: none, latent, interface or both with a +
     interface_patch: int = 2            # side of the patch that becomes an interface token
     interface_dim: int = 256            # interface: width
@@ -871,12 +882,6 @@ class RINConfig:
     att_dropout: float = 0.0            # fraction of attention weights left out in training
 
     softmax_groups = 0                  # a RIN predicts no logits
-
-    @property
-    def sample_shape(self):
-        """(C, H, W), or of a video (C, T, H, W)."""
-        frames = [self.frames] if self.frames + self.cond_frames > 1 else []
-        return self.channels, *frames, *self.sample_size
 
 
 class RINBlock(nn.Module):
@@ -1359,15 +1364,10 @@ def image_loss(forward, batch, c):
 # UNet
 
 @dataclass(frozen=True)
-class UNetConfig:
+class UNetConfig(VideoConfig):
     """Everything that fixes the shape of a UNet. The defaults are the reference's for CIFAR-10,
     without labels."""
     TASKS = "gen",
-    sample_size: tuple[int, int] = (32, 32)     # height and width of what is denoised
-    channels: int = 3                   # its channels
-    frames: int = 1                     # its frames; 1: an image
-    cond_frames: int = 0                # context frames of a video, as condition
-    num_classes: int = 0                # labels, as condition (or features of that width); 0: none
     cond_channels: int = 0              # channels of a map, as condition; 0: none
     context_dim: int = 0                # width of a sequence to attend to, as condition; 0: none
     self_cond: str = "none"             # estimate of the last call as input: none, x, eps or auto
@@ -1387,8 +1387,6 @@ class UNetConfig:
     out_kernel: int = 3                 # side of the last one; with softmax_groups it is 1
     time_scaling: float = 1000.0        # gamma is multiplied by this before it is coded
     unet_dropout: float = 0.0           # fraction of units left out in training
-
-    sample_shape = RINConfig.sample_shape
 
 
 class ResBlock(nn.Module):
@@ -1522,9 +1520,8 @@ class UNet(nn.Module):
 
         dim = widths[0]
         self.time_emb = ScalarEmbedding(4 * c.unet_dim, c.time_scaling, c.num_classes)
-        channels = c.channels * c.frames
-        inputs = channels * (1 if c.self_cond == "none" else 2)
-        inputs += c.channels * c.cond_frames + c.cond_channels
+        frames = c.frames * (1 if c.self_cond == "none" else 2) + c.cond_frames
+        inputs = c.channels * frames + c.cond_channels
         self.conv_in = SameConv2d(inputs, dim, c.in_kernel, c.in_stride)
         self.norm_in = group_norm(dim)
         self.down, self.up, skips = nn.ModuleList(), nn.ModuleList(), [dim]     # widths of skips
@@ -1543,10 +1540,11 @@ class UNet(nn.Module):
             in_dims = [in_dim + skips.pop() for in_dim in in_dims]
             self.up.insert(0, UNetStage(c, i, in_dims, "up" if i else "none"))
         self.norm_out = group_norm(dim, like=c.unet_dim)
-        outputs, kernel = channels, c.out_kernel
+        outputs, kernel = c.channels, c.out_kernel
         if c.softmax_groups:
-            outputs, kernel = 2 ** (c.channels // c.softmax_groups) * c.softmax_groups * c.frames, 1
-        self.conv_out = starts_at_zero(SameConv2d(dim, outputs * c.in_stride ** 2, kernel))
+            outputs, kernel = 2 ** (c.channels // c.softmax_groups) * c.softmax_groups, 1
+        outputs *= c.frames * c.in_stride ** 2
+        self.conv_out = starts_at_zero(SameConv2d(dim, outputs, kernel))
         initialize(self)
 
     def forward(
@@ -1561,7 +1559,7 @@ class UNet(nn.Module):
         map:       (B, cond_channels, *sample_size)
         context:   a sequence (B, S, context_dim)
         Returns the prediction, shaped like x, and None; with softmax_groups logits (B,
-        softmax_groups * 2^bits, *sample_size), group by group, of which diffusion.softmax_bits
+        softmax_groups * 2^bits, [frames,] *sample_size), group by group, of which softmax_bits
         makes the expected analog bits.
         """
         c = self.config

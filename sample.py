@@ -445,9 +445,10 @@ class Parser(argparse.ArgumentParser):
         are given stand in the result (see `configured`)."""
         for part in parts:
             group = self.add_argument_group(type(part).__name__)
-            comments = re.findall(r"^    (\w+): .*?# (.+)$", inspect.getsource(type(part)), re.M)
+            source = "".join(map(inspect.getsource, reversed(type(part).__mro__[:-1])))
+            comments = dict(re.findall(r"^    (\w+): .*?# (.+)$", source, re.M))
             kinds = typing.get_type_hints(type(part))
-            for name, comment in comments:
+            for name, comment in comments.items():
                 if name in without:
                     continue
                 text = f"{comment} (default: {getattr(part, name)})".replace("%", "%%")
