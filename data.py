@@ -49,10 +49,12 @@ class DataConfig:
     train_json: str = ""                # coco: instances for training, if not in data_dir
     train_keypoints: str = ""           # coco: the same for kpt
     train_captions: str = ""            # coco: the same for cap
+    train_masks: str = ""               # coco: the PNGs of pan, whose JSON is train_json
     train_images: str = ""              # coco: their images
     val_json: str = ""                  # coco: instances held out
     val_keypoints: str = ""             # coco: the same for kpt
     val_captions: str = ""              # coco: the same for cap
+    val_masks: str = ""                 # coco: the PNGs of pan
     val_images: str = ""                # coco: their images
     bad_boxes: str = "error"            # coco: empty boxes, or outside their image: error or drop
     max_shapes: int = 4                 # shapes: most shapes in a scene
@@ -66,6 +68,9 @@ class DataConfig:
     noise_weight: float = 1.0           # det: loss weight of the class of a noise box
     pad_weight: float = 0.1             # det: loss weight of padding, of ending the sequence
     max_instances: int = 10             # seg: objects to learn from an image
+    max_segments: int = 100             # pan, vps: ids of instances, 0 for none included
+    clip_frames: int = 16               # vps, shapes: frames of a clip
+    past_drop: float = 0.2              # vps: probability that an earlier frame's map is hidden
     max_points: int = 128               # seg: points of an object's polygons
     instance_scale_min: float = 0.3     # seg, kpt: scale jitter, smallest
     instance_scale_max: float = 1.0     # seg, kpt: scale jitter, largest
@@ -129,14 +134,14 @@ class View:
     canvas: tuple                                      # height, width
     flip: bool = False
 
-    def image(self, image):
+    def image(self, image, method=Image.BILINEAR):
         """PIL RGB -> uint8 (canvas height, canvas width, 3), zero outside of (height, width)."""
         box = self.left, self.top, self.right, self.bottom
-        part = image.resize((self.width, self.height), Image.BILINEAR, box=box)
+        part = image.resize((self.width, self.height), method, box=box)
         part = np.asarray(part)
         if self.flip:
             part = part[:, ::-1]
-        pixels = np.zeros((*self.canvas, 3), np.uint8)
+        pixels = np.zeros((*self.canvas, *part.shape[2:]), part.dtype)
         pixels[:self.height, :self.width] = part
         return pixels
 
@@ -591,6 +596,58 @@ def clip_shape(c):
     return sum(frames or [1]) + c.model.cond_frames, height, width
 
 
+def map_example(record, c, rng):
+    """Of the last of the record's frames: image (H, W, 3), size (2,), map (2, h, w) and known
+    (h, w), see `id_maps`. Of those before it, the oldest first: past (2 P, h, w), zero where one is
+    missing or was dropped."""
+    d, image, past_frames = c.data, record["images"][-1], c.model.past_frames
+    if d.color_jitter:
+        image = jitter_colors(image, d.color_jitter, rng)
+    view = train_view(
+        whole(image), c.model.image_size, rng, d.scale_min, d.scale_max, d.flip)
+    maps = id_maps(record, view, c, rng)
+    past = np.zeros((past_frames, *maps[0, :2].shape), np.uint8)
+    for n, frame in enumerate(maps[-2::-1, :2][:past_frames], 1):
+        past[-n] = frame * (rng.random() >= d.past_drop)
+    return pixels_of(view, image) | {
+        "map": maps[-1, :2],
+        "known": maps[-1, 2],
+        "past": past.reshape(-1, *maps.shape[2:])}
+
+
+def id_maps(record, view, c, rng):
+    """Of each pixel of the masks of a record's frames the class, the instance's id, and whether it
+    is known what is right, uint8 (T, 3, h, w): not where there is no class, a crowd, or an instance
+    too many. Ids are random, those of stuff, too, and the same in all frames (2210.06366)."""
+    most = c.data.max_segments - 1
+    view, frames = on_canvas(view, c.model.sample_size), map(Image.fromarray, record["maps"])
+    numbers = np.stack([view.image(frame, Image.NEAREST) for frame in frames])
+    present, places = np.unique(numbers, return_inverse=True)
+    rows = [record["segments"].get(number, {"category_id": 0}) for number in present.tolist()]
+    labelled = np.flatnonzero([row["category_id"] for row in rows])
+    chosen = rng.permutation(labelled)[:most]
+    table = np.zeros((len(rows), 3), np.uint8)
+    table[chosen, 0] = [rows[n]["category_id"] for n in chosen]
+    table[chosen, 1] = rng.permutation(most)[:len(chosen)] + 1
+    table[chosen, 2] = [not rows[n].get("iscrowd") for n in chosen]
+    return np.moveaxis(table[places.reshape(numbers.shape)], -1, 1)
+
+
+def on_canvas(view, canvas):
+    """The same view on another canvas."""
+    sides = zip((view.height, view.width), canvas, view.canvas)
+    height, width = (max(round(shown * new / old), 1) for shown, new, old in sides)
+    return replace(view, height=height, width=width, canvas=canvas)
+
+
+def map_batch(x, c):
+    """Maps to be denoised, and what is known beside the image."""
+    cond = {"known": x["known"]}
+    if c.model.past_frames:
+        cond["past"] = x["past"]
+    return {"targets": x["map"], "weights": torch.ones(len(x["map"])), "cond": cond}
+
+
 # (record, c, rng) -> arrays of one example. A new row comes last: its place seeds augmentation.
 EXAMPLES = {
     "det": det_example,
@@ -599,6 +656,8 @@ EXAMPLES = {
     "cap": cap_example,
     "gen": gen_example,
     "ar": gen_example,
+    "pan": map_example,
+    "vps": map_example,
 }
 COLLATE = {                                            # (stacked examples, c) -> fields of a Batch
     "det": det_batch,
@@ -607,6 +666,8 @@ COLLATE = {                                            # (stacked examples, c) -
     "cap": cap_batch,
     "gen": gen_batch,
     "ar": gen_batch,
+    "pan": map_batch,
+    "vps": map_batch,
 }
 PER_PERSON = {"kpt"}                                   # one example per person, not per image
 
@@ -678,23 +739,48 @@ def shapes_source(c, split, task):
 
 
 def coco_source(c, split, task):
-    kind, field, _ = COCO_FILES[task]
-    folder = c.data.data_dir
-    json_path = getattr(c.data, f"{split}_{field}", "")         # a test split is in data_dir
-    images = getattr(c.data, f"{split}_images", "")
-    if not folder and not (json_path and images):
+    kind, field, _ = COCO_FILES[task]                  # a test split is in data_dir
+    usual = f"annotations/{kind}_{split}2017.json", f"{split}2017"
+    paths = coco_paths(c, split, (field, "images"), usual)
+    return Coco(*paths, c.vocab.max_label, c.data.bad_boxes)
+
+
+def coco_paths(c, split, named, usual):
+    """What the options --SPLIT_NAME say, or usual names in data_dir. DataError if neither does."""
+    folder, options = c.data.data_dir, [f"{split}_{name}" for name in named]
+    paths = [getattr(c.data, option, "") for option in options]
+    if not folder and not all(paths):
         raise DataError(
-            f"data is 'coco': name a folder in COCO's layout with --data_dir, or --{split}_{field} "
-            f"and --{split}_images")
-    json_path = json_path or f"{folder}/annotations/{kind}_{split}2017.json"
-    images = images or f"{folder}/{split}2017"
-    return Coco(json_path, images, c.vocab.max_label, c.data.bad_boxes)
+            f"data is 'coco': name a folder in COCO's layout with --data_dir, or all of "
+            f"{', '.join('--' + option for option in options)}")
+    return [path or f"{folder}/{name}" for path, name in zip(paths, usual)]
 
 
 def clips_source(c, split, task):
     frames, *size = clip_shape(c)
     count = None if split == "train" else c.data.val_count
     return ShapeClips(split, max(size), frames, c.data.data_seed, count)
+
+
+def shape_maps_source(c, split, task):
+    count = None if split == "train" else c.data.val_count
+    size, past = max(c.model.image_size), c.model.past_frames
+    frames = c.data.clip_frames if past else 1
+    return ShapeMaps(split, size, c.data.max_shapes, frames, c.data.data_seed, count, past)
+
+
+def coco_maps_source(c, split, task):
+    masks = f"annotations/panoptic_{split}2017"
+    usual = f"{masks}.json", masks, f"{split}2017"
+    return coco_maps(*coco_paths(c, split, ("json", "masks", "images"), usual), c.model.past_frames)
+
+
+def video_masks_source(c, split, task):
+    reader = VIDEO_MASKS[c.data.data]
+    check_split(split, TWO_SPLITS)
+    if not c.data.data_dir:
+        raise DataError(f"data is {c.data.data!r}: name with --data_dir {reader.__doc__}")
+    return reader(c.data.data_dir, split, c.model.past_frames)
 
 
 def files_source(c, split, task):
@@ -713,6 +799,11 @@ def files_source(c, split, task):
 
 SEQUENCE_SOURCES = {"shapes": shapes_source, "coco": coco_source}
 SOURCES = dict.fromkeys(("det", "seg", "kpt", "cap"), SEQUENCE_SOURCES)
+SOURCES["pan"] = SOURCES["vps"] = {
+    "shapes": shape_maps_source,
+    "coco": coco_maps_source,
+    **dict.fromkeys(("kitti_step", "cityscapes_vps", "davis"), video_masks_source),
+}
 SOURCES["gen"] = SOURCES["ar"] = {"shapes": clips_source} | dict.fromkeys(LAYOUTS, files_source)
 
 
@@ -829,7 +920,11 @@ def square_iou(a, b):
 
 def random_background(rng, size):
     """PIL image of dull colours: a gradient or a blotchy texture."""
-    cells, contrast = (2, 16) if rng.random() < 0.5 else (6, 8)
+    return background(rng, size, *((2, 16) if rng.random() < 0.5 else (6, 8)))
+
+
+def background(rng, size, cells, contrast):
+    """PIL image that runs through cells x cells random colours, about as dark as each other."""
     grey = rng.integers(40, 130)
     corners = grey + rng.integers(-contrast, contrast + 1, (cells, cells, 3))
     small = Image.fromarray(corners.astype(np.uint8))
@@ -839,14 +934,18 @@ def random_background(rng, size):
 def draw_scene(shapes, background):
     """Shapes drawn over a square background in their order, four times as large and then averaged
     (antialiased)."""
-    side = 4 * background.width
-    canvas = background.resize((side, side), Image.NEAREST)
-    pen = ImageDraw.Draw(canvas)
-    for shape in shapes:
-        for polygon in shape.polygons:
-            xy = polygon[:, ::-1] * side
-            pen.polygon(xy.ravel().tolist(), fill=COLORS[shape.color])
+    canvas = background.resize((4 * background.width,) * 2, Image.NEAREST)
+    draw_polygons(canvas, shapes, [COLORS[shape.color] for shape in shapes])
     return canvas.reduce(4)
+
+
+def draw_polygons(canvas, shapes, colors):
+    """Draws shapes, in their order, onto a square PIL image."""
+    pen = ImageDraw.Draw(canvas)
+    for shape, color in zip(shapes, colors):
+        for polygon in shape.polygons:
+            xy = polygon[:, ::-1] * canvas.width
+            pen.polygon(xy.ravel().tolist(), fill=color)
 
 
 def captions_of(shapes):
@@ -868,26 +967,33 @@ def captions_of(shapes):
     return sorted(sentences)
 
 
-def drawn_count(split, count):
-    """How many drawn items a split has, if not `count`: in training none is seen twice."""
-    check_split(split)
-    return count or (1 << 40 if split == "train" else 500)
+class Drawn(Source):
+    """What drawn datasets share. Item i of a split is a pure function of (seed, split, i); in
+    training none is seen twice."""
+    endless = True
 
-
-class Shapes(Source):
-    """Drawn scenes with COCO-style truth. Item i is a pure function of (seed, split, i)."""
-    endless, classes, first_label = True, list(KINDS), 1
-
-    def __init__(self, split, size=64, max_shapes=4, seed=0, count=None):
-        self.split, self.seed = split, seed
-        self.size, self.max_shapes = size, max_shapes
-        self.length = drawn_count(split, count)
-        self.people = range(self.length)               # one can be drawn for every number
-        figure = self.categories[KINDS.index("figure")]
-        figure |= {"keypoints": list(KEYPOINTS), "skeleton": SKELETON}
+    def __init__(self, split, size, seed=0, count=None):
+        check_split(split)
+        self.split, self.size, self.seed = split, size, seed
+        self.length = count or (1 << 40 if split == "train" else 500)
 
     def __len__(self):
         return self.length
+
+    def seeds(self, i, *kind):
+        return self.seed, SPLITS[self.split], i, *kind
+
+
+class Shapes(Drawn):
+    """Drawn scenes with COCO-style truth."""
+    classes, first_label = list(KINDS), 1
+
+    def __init__(self, split, size=64, max_shapes=4, seed=0, count=None):
+        super().__init__(split, size, seed, count)
+        self.max_shapes = max_shapes
+        self.people = range(self.length)               # one can be drawn for every number
+        figure = self.categories[KINDS.index("figure")]
+        figure |= {"keypoints": list(KEYPOINTS), "skeleton": SKELETON}
 
     def __getitem__(self, i):
         """Record i, a dict. N objects; pixel coordinates are floats, (y, x) order, of the image.
@@ -895,13 +1001,11 @@ class Shapes(Source):
         boxes: (N, 4) float32 yxyx    iscrowd: (N,) bool    polygons: per object a list of (P, 2)
         keypoints: (N, K, 3) float32, y x visibility (0, 1 or 2)    captions: list of str
         """
-        seeds = self.seed, SPLITS[self.split], i
-        return draw_record(seeds, self.size, self.max_shapes)
+        return draw_record(self.seeds(i), self.size, self.max_shapes)
 
     def person(self, i):
         """A record that has a figure, and which of its objects that is."""
-        seeds = self.seed, SPLITS[self.split], i, 1
-        record = draw_record(seeds, self.size, self.max_shapes, needed="figure")
+        record = draw_record(self.seeds(i, 1), self.size, self.max_shapes, needed="figure")
         label = KINDS.index("figure") + 1
         return record | {"person": record["labels"].tolist().index(label)}
 
@@ -975,25 +1079,20 @@ def coco_object(record, n):
     return annotation
 
 
-class ShapeClips(Source):
-    """One drawn shape on a plain ground, at rest in an image or moving through a clip. Item i of a
-    split is a pure function of (seed, split, i)."""
-    endless, classes = True, list(KINDS)
+class ShapeClips(Drawn):
+    """One drawn shape on a plain ground, at rest in an image or moving through a clip."""
+    classes = list(KINDS)
 
     def __init__(self, split, size=32, frames=1, seed=0, count=None):
-        self.split, self.seed = split, seed
-        self.size, self.frames = size, frames
-        self.length = drawn_count(split, count)
-
-    def __len__(self):
-        return self.length
+        super().__init__(split, size, seed, count)
+        self.frames = frames
 
     def __getitem__(self, i):
         """Record i for generation, a dict, as every source for it gives:
         pixels: uint8 (H, W, C), of a clip (T, H, W, C), C is 1 or 3
         label: int, index in the source's classes; -1 unknown
         """
-        rng = np.random.default_rng([self.seed, SPLITS[self.split], i, 2])     # 2: unlike Shapes
+        rng = np.random.default_rng(self.seeds(i, 2))  # 2: unlike Shapes
         shape = random_shape(rng, *random_kind(rng), 0.22, 0.36)
         grey = tuple(rng.integers(40, 130, 3).tolist())
         background = Image.new("RGB", (self.size, self.size), grey)
@@ -1001,13 +1100,78 @@ class ShapeClips(Source):
         speed = rng.uniform(0.03, 0.08)
         steps = np.arange(self.frames)[:, None] * (np.sin(turn), np.cos(turn))
         path = (shape.y, shape.x) + speed * steps      # (T, 2) yx
-        low, room = shape.radius + 0.01, 0.98 - 2 * shape.radius
-        folded = np.abs((path - low) % (2 * room) - room)                      # at both ends
-        path = low + room - folded
+        path = folded(path, shape.radius + 0.01, 0.99 - shape.radius)
         moved = [replace(shape, y=y, x=x) for y, x in path]
         frames = [draw_scene([shape], background) for shape in moved]
         pixels = np.stack(frames) if self.frames > 1 else np.asarray(frames[0])
         return {"pixels": pixels, "label": KINDS.index(shape.kind)}
+
+
+GROUNDS = {"plain": (1, 32), "blotchy": (8, 32)}       # stuff, as options of `background`
+
+
+class ShapeMaps(Drawn):
+    """Drawn scenes with panoptic truth, and clips of them: shapes are things that cross each other,
+    leave and return, the ground is stuff of one of two kinds. past: earlier frames that are read to
+    learn from a frame."""
+
+    def __init__(self, split, size=64, max_shapes=4, frames=1, seed=0, count=None, past=0):
+        super().__init__(split, size, seed, count)
+        self.max_shapes, self.frames, self.past = max_shapes, frames, past
+        self.categories = segment_categories([*KINDS, *GROUNDS], KINDS)
+
+    def __getitem__(self, i):
+        """Record i for panoptic masks, a dict, as every source for them gives:
+        images: list of PIL RGB, one or the frames of a clip    id: int or str    name: str
+        maps: (T, H, W) int32, the segment that a pixel is of, 0 for none
+        segments: {its number: {category_id (its label), maybe iscrowd and area}}
+        """
+        return self.draw(i, range(self.frames))
+
+    def record(self, task, i):
+        """To learn from: a frame, and those before it."""
+        last = i % self.frames
+        return self.draw(i, range(max(last - self.past, 0), last + 1))
+
+    def draw(self, i, times):
+        rng = np.random.default_rng(self.seeds(i, 3))
+        count = rng.integers(1, self.max_shapes + 1)
+        shapes = [random_shape(rng, *random_kind(rng), 0.14, 0.26) for _ in range(count)]
+        turns, speeds = rng.uniform(0, 2 * np.pi, count), rng.uniform(0.02, 0.06, count)
+        steps = speeds[:, None] * np.stack([np.sin(turns), np.cos(turns)], -1)
+        stuff = list(GROUNDS)[rng.integers(2)]
+        ground, side = background(rng, self.size, *GROUNDS[stuff]), 4 * self.size
+        images, maps, ends = [], [], (-0.2, 1.2)       # where shapes turn: outside of the image
+        for t in times:
+            moved = [
+                replace(shape, y=folded(shape.y + dy * t, *ends), x=folded(shape.x + dx * t, *ends))
+                for shape, (dy, dx) in zip(shapes, steps)]
+            numbers = Image.new("L", (side, side), int(count) + 1)
+            draw_polygons(numbers, moved, range(1, count + 1))
+            images.append(draw_scene(moved, ground))
+            maps.append(np.asarray(numbers)[2::4, 2::4])
+        label_of = {row["name"]: row["label"] for row in self.categories}
+        kinds = [*(shape.kind for shape in shapes), stuff]
+        return {
+            "images": images,
+            "id": i + 1,
+            "name": f"{i + 1:06}",
+            "maps": np.stack(maps).astype(np.int32),
+            "segments": {n: {"category_id": label_of[kind]} for n, kind in enumerate(kinds, 1)},
+        }
+
+
+def segment_categories(names, things):
+    """Categories of panoptic masks, numbered from 1 on."""
+    return [
+        {"id": i, "name": name, "isthing": int(name in things), "label": i}
+        for i, name in enumerate(names, 1)]
+
+
+def folded(x, low, high):
+    """Coordinates that turn back at both ends."""
+    room = high - low
+    return high - np.abs((x - low) % (2 * room) - room)
 
 
 def export_shapes(folder, count, size, seed, image_format):
@@ -1085,35 +1249,19 @@ class Coco(Source):
         self.annotations = list(of_image.values())     # a list per image
         ids = [category["id"] for category in truth["categories"]]
         self.label_of = assign_labels(ids, max_label, json_path)
-        self.categories = []
-        for category in truth["categories"]:
-            known = ("id", "name", "keypoints", "skeleton")
-            kept = {key: category[key] for key in known if key in category}
-            self.categories.append(kept | {"label": self.label_of[category["id"]]})
+        self.categories = [labelled(row, self.label_of[row["id"]]) for row in truth["categories"]]
         self.classes = [category["name"] for category in self.categories]
 
     def checked(self, truth, bad_boxes):
         """The annotations to use. DataError with all that is wrong."""
-        images, annotations = truth["images"], truth["annotations"]
-        needed = {"id", "file_name", "height", "width"}
-        self.refuse({
-            "images lack one of id, file_name, height, width":
-                [image for image in images if not needed <= image.keys()],
-            "annotations lack image_id": [a for a in annotations if "image_id" not in a],
-        })
-        sizes = {image["id"]: (image["height"], image["width"]) for image in images}
-        ids = [category["id"] for category in truth["categories"]]
+        annotations = truth["annotations"]
+        sizes = image_sizes(self.json_path, truth, self.image_dir)
+        ids = {category["id"] for category in truth["categories"]}
         boxed = [a for a in annotations if "caption" not in a]
-        self.refuse({
-            "image ids appear twice": twice([image["id"] for image in images]),
-            "category ids appear twice": twice(ids),
+        refuse(self.json_path, {
             "annotation ids appear twice": twice([a["id"] for a in annotations if "id" in a]),
-            f"images are not in {self.image_dir}":
-                missing_files(self.image_dir, [image["file_name"] for image in images]),
-            "annotations are of an image_id that no image has":
-                unknown(annotations, "image_id", sizes),
             "annotations have a category_id that no category has":
-                unknown(boxed, "category_id", set(ids)),
+                unknown(boxed, "category_id", ids),
             "annotations have no bbox of four numbers":
                 [name(a) for a in boxed if len(a.get("bbox", ())) != 4],
         })
@@ -1125,22 +1273,12 @@ class Coco(Source):
                 names.append(f"{name(a)} {a['bbox']} in {width}x{height}")
         if bad_boxes == "error":
             hint = "(--bad_boxes=drop leaves them out)"
-            self.refuse({f"boxes are empty or outside their image {hint}": names})
+            refuse(self.json_path, {f"boxes are empty or outside their image {hint}": names})
         if bad:
             warnings.warn(f"{self.json_path}: left out {len(bad)} boxes, empty or outside their "
                           f"image, such as {names[0]}")
         dropped = set(bad)
         return [a for a in annotations if id(a) not in dropped]
-
-    def refuse(self, problems):
-        """DataError if there is any {what: names of those}, with the first five names of each."""
-        lines = [f"{self.json_path}:"]
-        for what, names in problems.items():
-            if names:
-                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-                lines.append(f"{len(names)} {what}: {', '.join(map(str, names[:5]))}{more}")
-        if lines[1:]:
-            raise DataError("\n  ".join(lines))
 
     def __len__(self):
         return len(self.images)
@@ -1206,8 +1344,42 @@ class Coco(Source):
         return truth | {"categories": self.categories}
 
 
-def read_json(path):
-    """An annotation file -> dict with the lists images, annotations and categories."""
+def image_sizes(path, truth, image_dir=None):
+    """{image id: (height, width)} of a file in COCO's format. DataError if its images or what is
+    said about them is wrong; image_dir: the folder that has them, if it is to be looked at."""
+    images, annotations = truth["images"], truth["annotations"]
+    needed = {"id", "file_name", "height", "width"}
+    refuse(path, {
+        "images lack one of id, file_name, height, width":
+            [image for image in images if not needed <= image.keys()],
+        "annotations lack image_id": [a for a in annotations if "image_id" not in a],
+    })
+    sizes = {image["id"]: (image["height"], image["width"]) for image in images}
+    files = [image["file_name"] for image in images]
+    refuse(path, {
+        "image ids appear twice": twice([image["id"] for image in images]),
+        "category ids appear twice": twice([category["id"] for category in truth["categories"]]),
+        f"images are not in {image_dir}": missing_files(image_dir, files) if image_dir else [],
+        "annotations are of an image_id that no image has":
+            unknown(annotations, "image_id", sizes),
+    })
+    return sizes
+
+
+def refuse(path, problems):
+    """DataError about a file if there is any {what: names of those}, with the first five names of
+    each."""
+    lines = [f"{path}:"]
+    for what, names in problems.items():
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            lines.append(f"{len(names)} {what}: {', '.join(map(str, names[:5]))}{more}")
+    if lines[1:]:
+        raise DataError("\n  ".join(lines))
+
+
+def read_json(path, lists=("images", "annotations")):
+    """An annotation file -> dict with these lists, and that of its categories."""
     if not os.path.exists(path):
         raise DataError(f"{path}: no such file, expected annotations in COCO's JSON format")
     content = read_bytes(path)
@@ -1215,7 +1387,7 @@ def read_json(path):
         truth = json.loads(content)
     except ValueError as e:                            # UnicodeDecodeError, too
         raise DataError(f"{path}: not JSON ({e})") from e
-    for key in ("images", "annotations"):
+    for key in lists:
         if not isinstance(truth, dict) or not isinstance(truth.get(key), list):
             raise DataError(f"{path}: expected an object with a list {key!r}, as in COCO's format")
     return {"categories": []} | truth                  # captions have none
@@ -1264,6 +1436,12 @@ def missing_files(folder, names):
     return [name for name in names if os.path.split(name) not in present]
 
 
+def labelled(category, label):
+    """What is kept of a category of a file, and its label."""
+    known = "id", "name", "isthing", "keypoints", "skeleton"
+    return {key: category[key] for key in known if key in category} | {"label": label}
+
+
 def assign_labels(ids, max_label, where):
     """{category id: label in 1..max_label}: ids that can be labels stay, others take the free
     labels from 1 on."""
@@ -1274,6 +1452,232 @@ def assign_labels(ids, max_label, where):
     kept = {i for i in ids if isinstance(i, int) and 1 <= i <= max_label}
     free = (n for n in range(1, max_label + 1) if n not in kept)
     return {i: i if i in kept else next(free) for i in ids}
+
+
+# --------------------------------------------------------------------------------------------------
+# panoptic masks of the user's. Records as of ShapeMaps
+
+class MaskClips(Source):
+    """Images and videos with panoptic truth.
+
+    clips: [(id, name, paths of images, paths of maps)], an image is a clip of one frame; without
+           paths of images, records have none
+    read:  a map's path -> numbers of segments (H, W) and {number: row}, as in records
+    past:  earlier frames that are read to learn from a frame
+    """
+
+    def __init__(self, clips, read, categories, past=0):
+        self.clips, self.read, self.categories, self.past = clips, read, categories, past
+        self.frames = [(n, t) for n, clip in enumerate(clips) for t in range(len(clip[3]))]
+
+    def __len__(self):
+        return len(self.clips)
+
+    def __getitem__(self, i):
+        return self.window(i, 0, len(self.clips[i][3]))
+
+    def count(self, task):
+        return len(self.frames)
+
+    def record(self, task, i):
+        """To learn from: a frame, and those before it."""
+        n, last = self.frames[i]
+        return self.window(n, max(last - self.past, 0), last + 1)
+
+    def window(self, n, start, end):
+        clip_id, name, images, maps = self.clips[n]
+        numbers, rows = zip(*map(self.read, maps[start:end]))
+        return {
+            "images": [load_image(path, m.shape) for path, m in zip(images[start:end], numbers)],
+            "id": clip_id,
+            "name": name,
+            "maps": np.stack(numbers),
+            "segments": {number: row for frame in rows for number, row in frame.items()},
+        }
+
+
+def coco_maps(json_path, masks, image_dir=None, past=0, videos=False, truth_json=""):
+    """Images with COCO's panoptic format: a JSON file, a folder of PNGs whose colour R + 256 G +
+    65536 B is the id of a segment, 0 of none, and the folder of the images, if they are to be read.
+    Labels count the categories by id. All is checked here, of more than 2000 images the ids in the
+    PNGs of the first 2000; DataError names each kind of problem, with a few examples and their
+    number.
+
+    videos:     names of images begin with that of their video, and a _
+    truth_json: of what the JSON file holds the results; it has the images and categories
+    """
+    truth = read_json(truth_json or json_path)
+    if truth_json:
+        truth |= {"annotations": read_json(json_path, ("annotations",))["annotations"]}
+    for folder, what in ((image_dir, "images"), (masks, "PNGs")):
+        if folder is not None and not os.path.isdir(folder):
+            raise DataError(f"{folder}: no such folder, expected the {what} of {json_path}")
+    rows = sorted(truth["categories"], key=lambda row: row["id"])
+    categories = [labelled(row, n) for n, row in enumerate(rows, 1)]
+    label_of = {row["id"]: row["label"] for row in categories}
+    check_coco_maps(json_path, truth, masks, image_dir, label_of.keys())
+    of_image, segments, clips = {a["image_id"]: a for a in truth["annotations"]}, {}, {}
+    for image in truth["images"]:
+        annotation = of_image[image["id"]]
+        path, name = f"{masks}/{annotation['file_name']}", os.path.splitext(image["file_name"])[0]
+        clip_id = name = name.partition("_")[0] if videos else name
+        clip = clips.setdefault(name, (clip_id if videos else image["id"], name, [], []))
+        if image_dir is not None:
+            clip[2].append(f"{image_dir}/{image['file_name']}")
+        clip[3].append(path)
+        segments[path] = {
+            row["id"]: row | {"category_id": label_of[row["category_id"]]}
+            for row in annotation["segments_info"]}
+    return MaskClips(list(clips.values()), partial(read_listed, segments), categories, past)
+
+
+def read_listed(segments, path):
+    return read_ids(path), segments[path]
+
+
+def check_coco_maps(path, truth, masks, image_dir, known):
+    """DataError if maps, their segments or categories (known: ids of these) are wrong."""
+    annotations, sizes = truth["annotations"], image_sizes(path, truth, image_dir)
+    annotated = [a["image_id"] for a in annotations]
+    refuse(path, {
+        "categories lack isthing": [k["name"] for k in truth["categories"] if "isthing" not in k],
+        "annotations lack file_name or segments_info": [
+            name(a) for a in annotations if not {"file_name", "segments_info"} <= a.keys()],
+        "images are annotated twice": twice(annotated),
+        "images have no annotation": sorted(set(sizes) - set(annotated)),
+    })
+    rows = [(a["file_name"], row) for a in annotations for row in a["segments_info"]]
+    refuse(path, {
+        f"PNGs are not in {masks}": missing_files(masks, [a["file_name"] for a in annotations]),
+        "segments have a category_id that no category has": [
+            f"{row.get('category_id')} ({file}, segment {row.get('id')})" for file, row in rows
+            if row.get("category_id") not in known],
+    })
+    strange, missing = [], []
+    for a in annotations[:2000]:
+        ids = read_ids(f"{masks}/{a['file_name']}", sizes[a["image_id"]])
+        found = set(np.unique(ids).tolist()) - {0}
+        listed = {row["id"] for row in a["segments_info"]}
+        strange += [f"{i} ({a['file_name']})" for i in sorted(found - listed)]
+        missing += [f"{i} ({a['file_name']})" for i in sorted(listed - found)]
+    refuse(path, {
+        "ids in PNGs are not in segments_info": strange,
+        "ids in segments_info are not in their PNG": missing,
+    })
+
+
+def read_ids(path, size=None):
+    """A PNG -> the number that each pixel's colour is (H, W) int32. DataError if it cannot be read,
+    has no colours, or is not of this size (height, width)."""
+    pixels = read_png(path, ("RGB", "RGBA"), "colours R + 256 G + 65536 B").astype(np.int32)
+    if size is not None and pixels.shape[:2] != tuple(size):
+        height, width = pixels.shape[:2]
+        raise DataError(f"{path}: {height}x{width}, its image is {size[0]}x{size[1]}")
+    return pixels[..., :3] @ np.array([1, 1 << 8, 1 << 16], np.int32)
+
+
+def read_png(path, modes, what):
+    """The values of an image of one of these modes of PIL."""
+    try:
+        with Image.open(path) as stored:
+            if stored.mode not in modes:
+                raise DataError(f"{path}: a {stored.mode} image, expected {what}")
+            return np.asarray(stored)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+        raise DataError(f"{path}: not a readable PNG ({e})") from e
+
+
+CITYSCAPES = (
+    "road sidewalk building wall fence pole traffic_light traffic_sign vegetation terrain sky "
+    "person rider car truck bus train motorcycle bicycle").split()
+FOLLOWED = "person", "car"                             # things of KITTI-STEP
+
+
+def read_step(path):
+    """A map of KITTI-STEP: red is the class, 255 none, green and blue the instance."""
+    colours = read_ids(path)                           # R + 256 G + 65536 B
+    classes, ids = colours & 255, (colours >> 8 & 255) * 256 + (colours >> 16)
+    numbers = np.where(classes < len(CITYSCAPES), ids * 256 + classes + 1, 0)
+    things = [1 + CITYSCAPES.index(name) for name in FOLLOWED]
+    return numbers, {
+        n: {"category_id": n % 256, "iscrowd": int(n < 256 and n in things)}
+        for n in np.setdiff1d(numbers, 0).tolist()}
+
+
+def read_davis(path):
+    """A map of DAVIS: a palette image of instances, 0 is the background, 255 not annotated."""
+    ids = read_png(path, ("P", "L"), "a palette").astype(np.int32)
+    numbers = np.where(ids == 255, 0, ids + 1)
+    return numbers, {
+        n: {"category_id": 1 + (n > 1)} for n in np.setdiff1d(numbers, 0).tolist()}
+
+
+def kitti_step(folder, split, past=0):
+    """a folder with images/SPLIT or training/image_02, and panoptic_maps/SPLIT: PNGs per video"""
+    images = f"{folder}/images/{split}"
+    if not os.path.isdir(images):
+        images = f"{folder}/training/image_02"
+    return step_clips(clip_files(images, f"{folder}/panoptic_maps/{split}"), past)
+
+
+def step_clips(clips, past=0):
+    return MaskClips(clips, read_step, segment_categories(CITYSCAPES, FOLLOWED), past)
+
+
+def cityscapes_vps(folder, split, past=0):
+    """a folder with panoptic_gt_SPLIT_city_vps.json, SPLIT/panoptic_video and SPLIT/img"""
+    truth = f"{folder}/panoptic_gt_{split}_city_vps.json"
+    maps, images = f"{folder}/{split}/panoptic_video", f"{folder}/{split}/img"
+    return coco_maps(truth, maps, images, past, videos=True)
+
+
+def davis(folder, split, past=0):
+    """a folder with JPEGImages/480p, Annotations_unsupervised/480p or Annotations/480p, and the
+    names of the videos in ImageSets/2017/SPLIT.txt"""
+    listed = f"{folder}/ImageSets/2017/{split}.txt"
+    if not os.path.exists(listed):
+        raise DataError(f"{listed}: no such file, expected the names of the videos")
+    names = read_bytes(listed).decode().split()
+    maps = [f"{folder}/Annotations{kind}/480p" for kind in ("_unsupervised", "")]
+    maps = next(filter(os.path.isdir, maps), maps[-1])
+    return davis_clips(clip_files(f"{folder}/JPEGImages/480p", maps, names), past)
+
+
+def davis_clips(clips, past=0):
+    categories = segment_categories(["background", "object"], ["object"])
+    return MaskClips(clips, read_davis, categories, past)
+
+
+VIDEO_MASKS = {"kitti_step": kitti_step, "cityscapes_vps": cityscapes_vps, "davis": davis}
+
+
+def clip_files(images, maps, names=None):
+    """Folders of frames and of maps, per video -> clips of MaskClips. DataError if a frame has no
+    map, a map no frame, or frames in the middle are missing."""
+    if not os.path.isdir(maps):
+        raise DataError(f"{maps}: no such folder, expected a folder of PNGs per video")
+    clips = []
+    for name in names or listing(maps)[0]:
+        frames, found = (frame_files(f"{folder}/{name}") for folder in (images, maps))
+        numbers = sorted(map(int, filter(str.isdecimal, frames)))
+        gaps = set(range(numbers[0], numbers[-1] + 1)) - set(numbers) if numbers else ()
+        refuse(f"{images}/{name}", {
+            "frames have no map": sorted(frames.keys() - found.keys()),
+            "maps have no frame": sorted(found.keys() - frames.keys()),
+            "frames are missing": sorted(gaps),
+        })
+        clips.append((name, name, list(frames.values()), [found[stem] for stem in frames]))
+    if not clips:
+        raise DataError(f"{maps}: no video")
+    return clips
+
+
+def frame_files(folder):
+    """{name without its ending: path} of the images in a folder, 9.png before 10.png."""
+    if not os.path.isdir(folder):
+        raise DataError(f"{folder}: no such folder, expected the frames of a video")
+    files = sorted(listing(folder)[1], key=len)
+    return {os.path.splitext(file)[0]: f"{folder}/{file}" for file in files}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1513,26 +1917,24 @@ def save_grid(pixels, stem, columns=8, side=64, gap=2, ms=150):
     """Images (N, H, W, C) uint8 -> STEM.png, a grid with rows of `columns`, small images enlarged
     to some `side` pixels; clips (N, T, H, W, C) -> STEM.gif, a grid that moves, `ms` per frame.
     Returns the file's name."""
-    moving = pixels.ndim == 5
     zoom = max(1, round(side / pixels.shape[-2]))
     pixels = pixels.repeat(zoom, -3).repeat(zoom, -2)
-    clips = pixels if moving else pixels[:, None]      # (N, T, H, W, C)
+    clips = pixels if pixels.ndim == 5 else pixels[:, None]        # (N, T, H, W, C)
     if clips.shape[-1] == 1:
         clips = clips[..., 0]
-    frames = []
-    for images in clips.swapaxes(0, 1):
-        pictures = list(map(Image.fromarray, images))
-        frames.append(tile(pictures, columns, gap))
-    path, options = f"{stem}.png", {}
-    if moving:
-        path = f"{stem}.gif"
-        options = {
-            "save_all": True,
-            "append_images": frames[1:],
-            "duration": ms,
-            "loop": 0}
-    frames[0].save(path, **options)
-    return path
+    frames = [list(map(Image.fromarray, images)) for images in clips.swapaxes(0, 1)]
+    grids = [tile(pictures, columns, gap) for pictures in frames]
+    return save_film(grids, stem, ms)
+
+
+def save_film(pictures, stem, ms=150):
+    """One PIL picture -> STEM.png; several -> STEM.gif, `ms` each. Returns the file's name."""
+    if len(pictures) == 1:
+        pictures[0].save(f"{stem}.png")
+        return f"{stem}.png"
+    rest = {"append_images": pictures[1:], "duration": ms, "loop": 0}
+    pictures[0].save(f"{stem}.gif", save_all=True, **rest)
+    return f"{stem}.gif"
 
 
 def show_items(source, key, count, columns, path):

@@ -25,7 +25,7 @@ Left out: learned variances, higher-order solvers, softmax over one-hot.
 """
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,8 @@ SELF_CONDS = ("none", "x", "eps", "auto", "latent", "interface", "latent+interfa
 @dataclass(frozen=True)
 class DiffusionConfig:
     """What is diffused, and what a network learns about it."""
-    bits: str = ""                      # analog bits: uint8, gray, uint8_s or oneh; empty: colours
+    bits: str = ""                      # analog bits: uint8, gray, uint8_s or oneh; empty: colours;
+                                        # ids: class and instance, half of the bits each
     b_scale: float = 1.0                # data lie in +- this
     pred_type: str = "eps"              # x, eps, v, x_sigmoid_xent or x_softmax_xent
     train_schedule: str = "cosine"      # gamma(t): cosine[@S,E,T], sigmoid@S,E,T or simple_linear
@@ -47,6 +48,7 @@ class DiffusionConfig:
     self_cond_masking: bool = False     # choose examples one by one; else the first of a batch
     label_drop: float = 0.0             # label dropout probability, for guidance
     low_noise_weight: float = 1.0       # loss weight in training: min(1 / (1 - gamma), this)
+    instance_weight: float = 0.2        # pan, vps: 1 / pixels of its instance to this power weighs
 
 
 # --------------------------------------------------------------------------------------------------
@@ -253,7 +255,11 @@ def denoising_losses(network, batch, c, t=None, generator=None):
     """
     d = c.diffusion
     x0 = pixels_to_x0(batch.targets, c)
-    cond = condition(batch.cond, c)
+    cond, weight = condition(batch.cond, c), None
+    if batch.images is not None:                       # of which the targets are panoptic maps
+        cond["images"] = batch.images
+        sizes = instance_weights(batch.targets[:, 1].long(), d.instance_weight)
+        weight = sizes * batch.cond["known"]
     if network.training and d.label_drop and "labels" in cond:
         dropped = uniform(x0, generator) < d.label_drop
         cond["labels"] = cond["labels"].masked_fill(dropped, -1)
@@ -263,7 +269,7 @@ def denoising_losses(network, batch, c, t=None, generator=None):
     denoise = as_denoiser(network, c, logits=True)
     pred, _ = denoise(x_t, gamma, state, **cond)
     losses = diffusion_loss(
-        pred, d.pred_type, x0, eps, gamma, d.b_scale, c.model.softmax_groups)
+        pred, d.pred_type, x0, eps, gamma, d.b_scale, c.model.softmax_groups, weight)
     if network.training:
         losses = losses / (1 - gamma).clamp(min=1 / d.low_noise_weight)
     return losses
@@ -274,21 +280,25 @@ def denoising_loss(network, batch, c):
     return (denoising_losses(network, batch, c) * batch.weights).sum()
 
 
-def generate(network, c, count, cond=None, generator=None, callback=None):
+def generate(network, c, count, cond=None, generator=None, callback=None, noise=None):
     """`count` samples of a network, as c.sampling says: uint8 (count, C, [frames,] H, W).
 
-    cond:     like Batch.cond on the device: labels (count,), -1 for none, and context frames
+    cond:     like Batch.cond on the device: labels (count,), -1 for none, and context frames; or
+              what Panoptic.encode returned
     callback: callback(i, pixels) sees every estimate
+    noise:    to begin with; drawn, if None
     """
     s, device = c.sampling, next(network.parameters()).device
     cond = condition(cond or {}, c)
+    if noise is None:
+        noise = torch.randn(count, *c.model.sample_shape, generator=generator, device=device)
 
     def show(i, x0, x_t):
         callback(i, x0_to_pixels(x0, c))
 
     x0 = sample(
         as_denoiser(network, c),
-        torch.randn(count, *c.model.sample_shape, generator=generator, device=device),
+        noise,
         s.sample_steps,
         schedule=s.sample_schedule,
         sampler=s.sampler,
@@ -477,8 +487,10 @@ def gamma_schedule(name):
 
 def condition(cond, c):
     """Batch.cond -> what the network c.model takes: labels (B,), -1 for a dropped one, if it has
-    classes; context frames, in the range of x0, if it goes on from some."""
-    taken = {}
+    classes; context frames, in the range of x0, if it goes on from some; likewise earlier maps."""
+    taken = {key: cond[key] for key in ("map", "context") if key in cond}
+    if "past" in cond:
+        taken["past"] = pixels_to_x0(cond["past"], c)
     if c.model.num_classes and "labels" in cond:
         taken["labels"] = cond["labels"]
     if c.model.cond_frames:
@@ -489,14 +501,21 @@ def condition(cond, c):
 def pixels_to_x0(pixels, c):
     """uint8 (B, C, ...) -> data in +-b_scale: the same shape, or (B, C * bits per colour, ...)."""
     d, colours = c.diffusion, pixels.float() / 255
+    if d.bits == "ids":
+        return ints_to_bits(pixels.long(), c.model.channels // 2, d.b_scale)
     if d.bits:
         return rgb_to_bits(colours, d.bits, d.b_scale)
     return (colours * 2 - 1) * d.b_scale
 
 
 def x0_to_pixels(x0, c):
-    """Inverse of pixels_to_x0, rounded and clipped to uint8."""
+    """Inverse of pixels_to_x0, rounded and clipped to uint8; a class or id too large for a map
+    becomes the last one."""
     d = c.diffusion
+    if d.bits == "ids":
+        classes = len(c.categories) + 1
+        maps = bits_to_panoptic(x0, classes, c.data.max_segments, c.model.channels // 2)
+        return maps.to(torch.uint8)
     if d.bits:
         colours = bits_to_rgb(x0, d.bits)
     else:
@@ -600,14 +619,41 @@ def bits_to_rgb(bits, code="uint8"):
 
 
 # --------------------------------------------------------------------------------------------------
-# panoptic maps (2210.06366): a class id and an instance id per pixel, 8 bits each. They become 16
-# analog bits by ints_to_bits(panoptic_map, 8, b_scale)
+# panoptic maps (2210.06366): a class id and an instance id per pixel, 8 bits each if published
 
 def bits_to_panoptic(bits, num_classes, max_instances, n_bits=8):
     """Analog bits (B, 2 * n_bits, ...) -> (B, 2, ...) int64: class and instance id, each capped."""
     classes, ids = bits_to_ints(bits, n_bits).unbind(1)
     classes = classes.clamp(max=num_classes - 1)
     return torch.stack([classes, ids.clamp(max=max_instances - 1)], 1)
+
+
+def generate_maps(network, c, frames, generator=None, noise=None, callback=None):
+    """Panoptic maps of videos (an image is a clip of one frame): each frame is sampled from noise,
+    with the maps of the frames before as its condition, if the network takes such.
+
+    frames:   float (B, T, 3, H, W) in [0, 1]; noise: (T, B, bits, h, w), or None to draw it
+    callback: callback(frame, i, map (B, 2, h, w)) sees every estimate
+    Returns uint8 (B, T, 2, h, w): class and instance id of each pixel.
+    """
+    m, maps, later = c.model, [], c.sampling.later_steps or c.sampling.sample_steps
+    for n, images in enumerate(frames.unbind(1)):
+        past = None
+        if m.past_frames:
+            none = images.new_zeros((len(images), 2, *m.sample_size), dtype=torch.uint8)
+            past = torch.cat(([none] * m.past_frames + maps)[-m.past_frames:], 1)
+            past = pixels_to_x0(past, c)
+        maps.append(generate(
+            network,
+            c,
+            len(images),
+            network.encode(images, past),
+            generator,
+            callback and functools.partial(callback, n),
+            None if noise is None else noise[n],
+        ))
+        c = replace(c, sampling=replace(c.sampling, sample_steps=later))
+    return torch.stack(maps, 1)
 
 
 def instance_weights(ids, power=0.2, max_instances=256):

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
@@ -112,28 +113,6 @@ def predict_items(
     return found
 
 
-def prompt_objects(records, boxes, source):
-    """What seg and kpt are asked about in each of {image_id: record}; None: own detections."""
-    if boxes == "own":
-        return None
-    if boxes == "truth":
-        return [sample.true_objects(record, source.categories) for record in records.values()]
-    return [boxes.get(image_id, []) for image_id in records]
-
-
-def random_items(source, c):
-    """As many items as samples are asked for: files are often sorted by class, so shuffled."""
-    count, length, rng = c.sampling.eval_samples, len(source), np.random.default_rng(0)
-    if source.endless:
-        return range(count)
-    orders = [rng.permutation(length) for _ in range(count // length + 1)]
-    return np.concatenate(orders)[:count].tolist()
-
-
-ITEMS = dict.fromkeys(PREDICT, lambda source, c: range(len(source)))
-ITEMS |= {"gen": random_items, "ar": random_items}
-
-
 # --------------------------------------------------------------------------------------------------
 # SCORE[task](predictions, source, c, device) -> {name: number}
 
@@ -190,12 +169,12 @@ def score_samples(predictions, source, c, device=None):
     frechet          distance of samples to training data, in its features
     frechet_real     the same of as many held-out items: a floor, the higher the fewer they are
     fid, inception_score(_std)   with the network c.sampling.inception
+    fvd              of predicted frames, with the network c.sampling.i3d
     frame_error      mean square error of predicted frames, colours in [0, 1]; copy_error: of
                      repeating the last context frame
     """
     device = device or Device("cpu")
-    pixels, labels, losses = (
-        np.stack([p[key] for p in predictions.values()]) for key in ("pixels", "label", "losses"))
+    pixels, labels, losses = columns(predictions, "losses")
     first = c.model.cond_frames                        # where a clip's predicted frames begin
     loss = float(losses.mean())
     metrics = {"minus_loss": -loss, "loss": loss}
@@ -211,13 +190,24 @@ def score_samples(predictions, source, c, device=None):
     return metrics | {"samples": len(pixels)}
 
 
+def columns(predictions, last):
+    """Pixels and labels of all samples, and what is named."""
+    keys = "pixels", "label", last
+    return [np.stack([said[key] for said in predictions.values()]) for key in keys]
+
+
 def quality(pixels, labels, source, c, device):
     """What the proxy classifier and the Inception network say of samples, where they are asked."""
     train, scores = data.make_source(c, "train", c.data.tasks[0]), {}
     if c.sampling.proxy_classifier and train.classes:
         scores |= proxy_scores(pixels, labels, source, train, c, device)
     if c.sampling.inception:
-        scores |= inception_scores(pixels, train, c, device)
+        network = Inception(c.sampling.inception, device)
+        scores |= network_scores(network, "fid", pixels, train, c)
+    if c.sampling.i3d:
+        if pixels.ndim != 5:
+            raise ValueError(f"--i3d={c.sampling.i3d}: FVD is of videos, this model makes images")
+        scores |= network_scores(I3D(c.sampling.i3d, device), "fvd", pixels, train, c)
     return scores
 
 
@@ -230,8 +220,7 @@ def score_written(predictions, source, c, device=None):
     class_accuracy and so on   see `score_samples`
     """
     device = device or Device("cpu")
-    pixels, labels, bits = (
-        np.stack([p[key] for p in predictions.values()]) for key in ("pixels", "label", "bits"))
+    pixels, labels, bits = columns(predictions, "bits")
     bits = float(bits.mean())
     metrics = {"minus_bits": -bits, "bits_per_dim": bits}
     metrics["histogram_bits"] = histogram_bits(source, c, len(pixels))
@@ -249,6 +238,29 @@ def histogram_bits(source, c, count):
     return -share.log2().gather(1, held.T).mean().item()
 
 
+def score_maps(predictions, source, c, device=None):
+    """PQ, SQ and RQ, see `panoptic_quality`."""
+    scores = panoptic_quality(beside_truth(predictions, source), source.categories)
+    return scores | {"images": len(predictions)}
+
+
+def score_clips(predictions, source, c, device=None):
+    """STQ and J&F, see `tracking_quality` and `region_and_boundary`."""
+    def pairs():
+        return beside_truth(predictions, source)
+
+    scores = tracking_quality(pairs(), source.categories)
+    return scores | region_and_boundary(pairs(), source.categories) | {"clips": len(predictions)}
+
+
+def beside_truth(predictions, source):
+    """Of each prediction of maps (truth, found), as in data's records."""
+    for n, prediction in predictions.items():
+        maps = np.stack([data.read_ids(io.BytesIO(content)) for content in prediction["maps"]])
+        segments = {i: {"category_id": i >> 8} for i in np.unique(maps).tolist() if i}
+        yield source[n], {"maps": maps, "segments": segments}
+
+
 SCORE = {
     "det": partial(score_objects, "det"),
     "seg": partial(score_objects, "seg"),
@@ -256,7 +268,218 @@ SCORE = {
     "cap": score_captions,
     "gen": score_samples,
     "ar": score_written,
+    "pan": score_maps,
+    "vps": score_clips,
 }
+
+
+# --------------------------------------------------------------------------------------------------
+# panoptic masks. Truth and what was found are records as of data.py: maps, segments
+
+def overlaps(*maps):
+    """Maps of one shape, of numbers from 0 on -> Counter: of the pixels that have each tuple of
+    values, at one place one of each map."""
+    sizes = [int(m.max(initial=0)) + 1 for m in maps]
+    places = np.ravel_multi_index([m.ravel() for m in maps], sizes)
+    values, counts = np.unique(places, return_counts=True)
+    values = np.stack(np.unravel_index(values, sizes), 1).tolist()
+    return Counter(dict(zip(map(tuple, values), counts.tolist())))
+
+
+def match_segments(truth, truth_rows, found, found_rows):
+    """{category_id: [sum of IoU, true positives, false positives, false negatives]} of maps (H, W)
+    and their segments (1801.00868, section 4.1). Segments match if their IoU is above a half. Of
+    what is found, pixels without truth do not count; where most of it has none, or is of a crowd of
+    its category, it is no false positive."""
+    shared, counts, matched = overlaps(truth, found), {}, set()
+    areas = {f: n for (f,), n in overlaps(found).items() if f in found_rows}
+    sizes = {t: n for (t,), n in overlaps(truth).items() if t in truth_rows}
+    sizes |= {t: truth_rows[t]["area"] for t in sizes if "area" in truth_rows[t]}
+    crowds = {                                         # of several of a category, the last
+        row["category_id"]: t for t, row in truth_rows.items() if row.get("iscrowd") and t in sizes}
+
+    def count(row, *numbers):
+        counts.setdefault(row["category_id"], np.zeros(4))[:] += numbers
+
+    for (t, f), n in shared.items():
+        row, other = truth_rows.get(t), found_rows.get(f)
+        if not (row and other and row["category_id"] == other["category_id"]):
+            continue
+        iou = n / (sizes[t] + areas[f] - n - shared[0, f])
+        if iou > 0.5 and not row.get("iscrowd"):
+            count(row, iou, 1, 0, 0)
+            matched |= {("truth", t), ("found", f)}
+    for t in sizes:
+        if ("truth", t) not in matched and not truth_rows[t].get("iscrowd"):
+            count(truth_rows[t], 0, 0, 0, 1)
+    for f, area in areas.items():
+        crowd = crowds.get(found_rows[f]["category_id"])
+        if ("found", f) not in matched and shared[0, f] + shared[crowd, f] <= area / 2:
+            count(found_rows[f], 0, 0, 1, 0)
+    return counts
+
+
+def panoptic_quality(pairs, categories):
+    """PQ, SQ and RQ of all frames of pairs (truth, found): of all categories that occur, of things,
+    of stuff, and of each. categories: rows {label, name, isthing}"""
+    totals = {row["label"]: np.zeros(4) for row in categories}
+    for truth, found in pairs:
+        for frames in zip(truth["maps"], found["maps"]):
+            counts = match_segments(frames[0], truth["segments"], frames[1], found["segments"])
+            for category, numbers in counts.items():
+                totals[category] += numbers
+    scores = {}
+    for category, (iou, right, wrong, missed) in totals.items():
+        if right + wrong + missed:
+            quality = right / (right + wrong / 2 + missed / 2)
+            scores[category] = iou / max(right, 1) * quality, iou / max(right, 1), quality
+    things = {row["label"] for row in categories if row["isthing"]}
+    metrics = {}
+    for name, chosen in (("", set(scores)), ("_things", things), ("_stuff", set(totals) - things)):
+        rows = [scores[category] for category in chosen if category in scores]
+        means = np.mean(rows or [(0.0, 0.0, 0.0)], 0)
+        metrics |= {kind + name: float(x) for kind, x in zip(("PQ", "SQ", "RQ"), means)}
+    names = {row["label"]: row["name"].replace(" ", "_") for row in categories}
+    return metrics | {f"PQ_{names[k]}": float(quality) for k, (quality, *_) in scores.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# panoptic masks of videos
+
+def classes_and_ids(pair):
+    """Of each frame of truth and of what was found: classes and instance ids (2, H, W)."""
+    kinds = (
+        [sample.true_map(numbers, record["segments"]) for numbers in record["maps"]]
+        for record in pair)
+    return zip(*kinds)
+
+
+def tracking_quality(pairs, categories):
+    """STQ, AQ and SQ of clips (2102.11859, section 4.2). The tracks of things count, but crowds,
+    and pixels without truth, nowhere."""
+    things = [row["label"] for row in categories if row["isthing"]]
+    tracks, association, confusion = 0, 0.0, Counter()
+    for pair in pairs:
+        sizes, lengths, shared = Counter(), Counter(), Counter()
+        for (t_class, t_id), (f_class, f_id) in classes_and_ids(pair):
+            confusion += overlaps(t_class, f_class)
+            thing = np.isin(t_class, things)
+            crowd = thing & (t_id == 0)
+            ours, theirs = thing & ~crowd, np.isin(f_class, things) & ~crowd
+            both = ours & theirs
+            sizes += overlaps(t_class[ours], t_id[ours])
+            lengths += overlaps(f_class[theirs], f_id[theirs])
+            shared += overlaps(t_class[both], t_id[both], f_class[both], f_id[both])
+        for pair, n in shared.items():
+            union = sizes[pair[:2]] + lengths[pair[2:]] - n
+            association += n * n / union / sizes[pair[:2]]
+        tracks += len(sizes)
+    seen = {pair: n for pair, n in confusion.items() if pair[0]}
+    ious = []
+    for k in {k for pair in seen for k in pair}:
+        union = sum(n for pair, n in seen.items() if k in pair)
+        ious.append(seen.get((k, k), 0) / union)
+    quality, segmentation = association / max(tracks, 1), sum(ious) / max(len(ious), 1)
+    return {"STQ": math.sqrt(quality * segmentation), "AQ": quality, "SQ": segmentation}
+
+
+def iou(a, b, shared, areas, lengths):
+    union = areas[a,] + lengths[b,] - shared[a, b]
+    return shared[a, b] / union if union else 1.0
+
+
+def best_assignment(scores):
+    """Which column belongs to each row, each to one, so that the sum is largest: scores (N, M) with
+    N <= M -> (N,). Row by row: it takes the column where that, and where the owner of that column
+    goes then, and so on, gives most (Bellman-Ford)."""
+    owner = np.full(scores.shape[1], -1)
+    for row, gain in enumerate(scores.copy()):
+        taker, left = np.full_like(owner, row), np.full_like(owner, -1)
+        for j in np.flatnonzero(owner >= 0).tolist() * row:
+            moved = gain[j] - scores[owner[j], j] + scores[owner[j]]
+            better = moved > gain + 1e-12
+            gain[better], taker[better], left[better] = moved[better], owner[j], j
+        j = np.where(owner < 0, gain, -np.inf).argmax()
+        while j >= 0:
+            owner[j], j = taker[j], left[j]
+    return np.array([np.flatnonzero(owner == row)[0] for row in range(len(scores))], int)
+
+
+def boundary(mask):
+    """Pixels of a bool mask (H, W) that differ from those to the right of them or below."""
+    padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
+    right, below, across = padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]
+    return (mask != right) | (mask != below) | (mask != across)
+
+
+def dilate(mask, radius):
+    """A bool mask (H, W), grown by a disk."""
+    y, x = np.ogrid[-radius:radius + 1, -radius:radius + 1]
+    disk = torch.from_numpy(y * y + x * x <= radius ** 2)[None, None].float()
+    near = F.conv2d(torch.from_numpy(mask)[None, None].float(), disk, padding=radius)
+    return (near[0, 0] > 0.5).numpy()
+
+
+def boundary_score(truth, found):
+    """F: harmonic mean of the fractions of the boundaries of two masks that lie near the other's
+    (1704.00675), nearer than 0.8 % of the diagonal."""
+    a, b = boundary(truth), boundary(found)
+    if not (a.any() and b.any()):
+        return float(a.any() == b.any())
+    radius = math.ceil(0.008 * math.hypot(*truth.shape))
+    recall = (a & dilate(b, radius)).sum() / a.sum()
+    precision = (b & dilate(a, radius)).sum() / b.sum()
+    return 2 * precision * recall / max(precision + recall, 1e-9)
+
+
+def region_and_boundary(pairs, categories):
+    """J&F of clips, as DAVIS 2017 scores unsupervised segmentation (1905.00737): each true instance
+    of a thing has the found one that is most like it. Mean, recall (above a half) and decay (first
+    quarter less last) of J, IoU, and of F. Pixels without truth do not count."""
+    rows, things = [], [row["label"] for row in categories if row["isthing"]]
+    for pair in pairs:
+        clip = np.array([list(frames) for frames in classes_and_ids(pair)])    # (T, 2, 2, H, W)
+        truth, found = np.where(np.isin(clip[:, :, 0], things), clip[:, :, 1], 0).swapaxes(0, 1)
+        found[clip[:, 0, 0] == 0] = 0
+        objects, others = (np.setdiff1d(ids, 0).tolist() for ids in (truth, found))
+        others += [-1] * (len(objects) - len(others))  # nothing, which is like an object unseen
+        counts = [(overlaps(t, f), overlaps(t), overlaps(f)) for t, f in zip(truth, found)]
+        j = [iou(a, b, *count) for a in objects for b in others for count in counts]
+        j = np.reshape(j, (len(objects), len(others), len(truth)))
+        ends = np.round(np.linspace(1, len(truth), 5) + 1e-10).astype(int) - 1
+        for n, k in enumerate(best_assignment(j.mean(2))):
+            f = [boundary_score(t == objects[n], g == others[k]) for t, g in zip(truth, found)]
+            for values in (j[n, k], np.array(f)):
+                decay = values[:ends[1] + 1].mean() - values[ends[3]:].mean()
+                rows.append((values.mean(), (values > 0.5).mean(), decay))
+    means = np.mean(np.reshape(rows, (-1, 6)) if rows else np.zeros((1, 6)), 0).tolist()
+    names = [f"{kind}_{what}" for kind in "JF" for what in ("mean", "recall", "decay")]
+    return {"J&F": (means[0] + means[3]) / 2} | dict(zip(names, means))
+
+
+# --------------------------------------------------------------------------------------------------
+# the items of an evaluation, and what seg and kpt are asked about in them
+
+def random_items(source, c):
+    """As many items as samples are asked for: files are often sorted by class, so shuffled."""
+    count, length, rng = c.sampling.eval_samples, len(source), np.random.default_rng(0)
+    if source.endless:
+        return range(count)
+    orders = [rng.permutation(length) for _ in range(count // length + 1)]
+    return np.concatenate(orders)[:count].tolist()
+
+
+ITEMS = dict.fromkeys(PREDICT, lambda source, c: range(len(source)))
+ITEMS |= {"gen": random_items, "ar": random_items}
+
+
+def prompt_objects(records, boxes, source):
+    """What seg and kpt are asked about in each of {image_id: record}; None: own detections."""
+    if boxes == "own":
+        return None
+    if boxes == "truth":
+        return [sample.true_objects(record, source.categories) for record in records.values()]
+    return [boxes.get(image_id, []) for image_id in records]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -316,11 +539,22 @@ def true_captions(model, inputs, c):
     return [{"caption": text} for text in tokenizer.decode_captions(tokens, c.vocab)]
 
 
+def true_maps(model, inputs, c):
+    said, rng = [], np.random.default_rng(0)
+    for record in inputs.records:
+        view = data.eval_view(data.whole(record["images"][0]), c.model.image_size)
+        maps = data.id_maps(record, view, c, rng)[:, :2]
+        said.append(sample.map_prediction(record, maps, view, c))
+    return said
+
+
 TRUTH = {
     "det": true_detection,
     "seg": true_masks,
     "kpt": true_keypoints,
     "cap": true_captions,
+    "pan": true_maps,
+    "vps": true_maps,
 }
 
 
@@ -645,6 +879,7 @@ class Inception:
     (N, 1008). Any other TorchScript module will do that makes features (N, D), or the pair
     (features, probabilities), of uint8 (N, 3, H, W). ValueError if the file is no TorchScript.
     """
+    batch = 64
 
     def __init__(self, path, device):
         with open(path, "rb") as f:
@@ -655,31 +890,51 @@ class Inception:
             raise ValueError(
                 f"{path}: not a TorchScript file; weights alone do not say how to compute, make "
                 f"one with torch.jit.script(network).save(path) ({str(e).splitlines()[0]})") from e
-        known = {argument.name for argument in self.network.forward.schema.arguments}
-        self.device, self.keywords = device, {"return_features", "no_output_bias"} <= known
+        self.keywords = {argument.name for argument in self.network.forward.schema.arguments}
+        self.device = device
 
     @torch.no_grad()
     def features(self, pixels):
         """Pixels -> (N, D) features, and (N, K) probabilities or None, float32."""
         outputs = []
-        for images in image_batches(as_frames(pixels), self.device, 64):
-            images = images.expand(-1, 3, -1, -1).contiguous()     # grey is three equal colours
-            if self.keywords:
-                features = self.network(images, return_features=True)
-                output = features, self.network(images, no_output_bias=True)
-            else:
-                output = self.network(images)
+        for images in image_batches(self.items(pixels), self.device, self.batch):
+            grey = [3 if images.shape[1] == 1 else -1, *[-1] * (images.ndim - 2)]
+            output = self.outputs(images.expand(-1, *grey).contiguous())
             outputs.append(output if isinstance(output, tuple) else (output,))
         features, *rest = (torch.cat(parts).float().cpu().numpy() for parts in zip(*outputs))
         return features.reshape(len(features), -1), rest[0] if rest else None
 
+    def items(self, pixels):
+        return as_frames(pixels)
 
-def inception_scores(pixels, train, c, device):
-    network = Inception(c.sampling.inception, device)
+    def outputs(self, images):
+        if not {"return_features", "no_output_bias"} <= self.keywords:
+            return self.network(images)
+        features = self.network(images, return_features=True)
+        return features, self.network(images, no_output_bias=True)
+
+
+class I3D(Inception):
+    """The network behind FVD (1812.01717), which scores clips of 10 frames or more: StyleGAN-V and
+    common_metrics_on_video_quality offer i3d_torchscript.pt. It takes float (N, 3, T, H, W) in
+    [0, 255], and is called with rescale, resize and return_features. Any other TorchScript module
+    will do that makes features (N, D) of that."""
+    batch = 8
+
+    def items(self, pixels):
+        return pixels
+
+    def outputs(self, clips):
+        wanted = self.keywords & {"rescale", "resize", "return_features"}
+        return self.network(clips.float(), **dict.fromkeys(wanted, True))
+
+
+def network_scores(network, name, pixels, train, c):
+    """Frechet distance to training items in a network's features, and Inception Score."""
     features, probabilities = network.features(pixels)
     count = 5 * len(pixels) if train.endless else FID_IMAGES
     real = real_statistics(network, train, c, count, c.sampling.stats_dir)
-    scores = {"fid": frechet_distance(*feature_statistics(features), *real)}
+    scores = {name: frechet_distance(*feature_statistics(features), *real)}
     if probabilities is not None:
         mean, std = inception_score(probabilities)
         scores |= {"inception_score": mean, "inception_score_std": std}
@@ -717,6 +972,9 @@ class EvalOptions:
     limit: int = 0                      # only so many items of the split; 0: all
     truth: bool = False                 # score the encoded and decoded truth: a ceiling
     watch: bool = False                 # evaluate last.pt of the run whenever it changes
+    results: str = ""                   # files to score in place of a model, see `score_files`
+    truth_json: str = ""                # of results in COCO's panoptic format: the truth
+    truth_masks: str = ""               # its PNGs; of results of videos their folder
     batch_size: int = 16                # items at a time
     workers: int = min(4, (os.cpu_count() or 1) - 1)        # processes that load data
     seed: int = 0                       # of sampling
@@ -732,7 +990,9 @@ def main():
     options = sample.given(EvalOptions(), args)
     try:
         device = Device(options.device, options.dtype)
-        if options.watch:
+        if options.results:
+            print_scores(score_files(options))
+        elif options.watch:
             watch(options, args, device)
         else:
             run(sample.find_checkpoint(options.ckpt), options, args, device)
@@ -762,9 +1022,7 @@ def run(path, options, args, device):
     print(f"{path}, {kind}, {seconds} s")
     for task in tasks:
         print(f"{task}: predictions in {WRITE[task](predictions[task], f'{stem}_{task}')}")
-        for name, value in metrics[task].items():
-            shown = f"{value:.4f}" if isinstance(value, float) else value
-            print(f"  {name:20}{shown:>10}")
+        print_scores(metrics[task])
     content = {
         "checkpoint": path,
         "seconds": seconds,
@@ -774,6 +1032,29 @@ def run(path, options, args, device):
     with open(f"{stem}_metrics.json", "w") as f:
         json.dump(content | metrics, f, indent=1)
     print(f"numbers: {stem}_metrics.json", flush=True)
+
+
+def print_scores(scores):
+    for name, value in scores.items():
+        shown = f"{value:.4f}" if isinstance(value, float) else value
+        print(f"  {name:20}{shown:>10}")
+
+
+def score_files(options):
+    """Scores of results that others made: PQ of COCO's panoptic format (a JSON file, its PNGs in
+    the folder of that name); STQ and J&F of folders of PNGs per video, as KITTI-STEP or DAVIS has
+    them."""
+    truth_json, maps, results = options.truth_json, options.truth_masks, options.results
+    if truth_json:
+        truth = data.coco_maps(truth_json, maps)
+        found = data.coco_maps(results, results.removesuffix(".json"), truth_json=truth_json)
+        return panoptic_quality(zip(truth, found), truth.categories)
+    clips = data.clip_files(maps, results)
+    with Image.open(clips[0][2][0]) as first:
+        kind = data.davis_clips if first.mode in ("P", "L") else data.step_clips
+    truth, found = (kind([(*clip[:2], (), clip[side]) for clip in clips]) for side in (2, 3))
+    scores = tracking_quality(zip(truth, found), truth.categories)
+    return scores | region_and_boundary(zip(truth, found), truth.categories)
 
 
 def write_objects(task, predictions, stem):
@@ -802,6 +1083,8 @@ WRITE = {
     "cap": write_captions,
     "gen": write_samples,
     "ar": write_samples,
+    "pan": sample.write_maps,
+    "vps": sample.write_maps,
 }
 
 

@@ -18,12 +18,14 @@ import contextlib
 import glob
 import json
 import math
+import operator
 import os
 import re
 import signal
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -250,9 +252,8 @@ def fit_blocks(layers, **options):
 # Pix2Seq: encoder, projection, decoder
 
 @dataclass(frozen=True)
-class Pix2SeqConfig:
-    """Everything that fixes the shape of a Pix2Seq model."""
-    TASKS = "det", "seg", "kpt", "cap"
+class EncoderConfig:
+    """Everything that fixes the shape of an Encoder."""
     image_size: tuple[int, int] = (640, 640)    # height and width of the padded image, in pixels
     encoder: str = "vit"                # vit, resnet: a transformer on patches, a ResNet; or fit
     patch_size: int = 16                # side of a ViT patch, in pixels
@@ -271,6 +272,15 @@ class Pix2SeqConfig:
     fit_latent_dim: int = 768           # fit: their width
     pos_encoding: str = "sin_cos"       # position of an image patch: sin_cos or learned
     cls_token: bool = False             # prepend a learned token to the patches
+    drop_path: float = 0.1              # fraction of residual branches left out in training
+    dropout: float = 0.1                # fraction of MLP units left out in training
+    att_dropout: float = 0.0            # fraction of attention weights left out in training
+
+
+@dataclass(frozen=True)
+class Pix2SeqConfig(EncoderConfig):
+    """Everything that fixes the shape of a Pix2Seq model."""
+    TASKS = "det", "seg", "kpt", "cap"
     projection: str = "mlp"             # to the decoder: linear, linear_p (+ position), mlp (+ MLP)
     dec_layers: int = 6                 # decoder: transformer layers
     dec_dim: int = 512                  # decoder: width
@@ -281,9 +291,6 @@ class Pix2SeqConfig:
     max_seq_len: int = 512              # longest sequence, prompt included
     shared_embedding: bool = True       # one matrix embeds tokens and scores them
     output_bias: bool = True            # a bias on the scores of the tokens
-    drop_path: float = 0.1              # fraction of residual branches left out in training
-    dropout: float = 0.1                # fraction of MLP units left out in training
-    att_dropout: float = 0.0            # fraction of attention weights left out in training
 
 
 class Encoder(nn.Module):
@@ -300,9 +307,11 @@ class Encoder(nn.Module):
             self.resnet = ResNet(c)
             self.patch = nn.Linear(self.resnet.channels, c.enc_dim)
             self.dropout = nn.Dropout(c.dropout)
-            self.grid = tuple(math.ceil(side / self.resnet.stride) for side in c.image_size)
+            self.grid = self.resnet.shapes[-1][1:]
         if 0 in self.grid:
             raise ValueError(f"image_size {c.image_size} is smaller than patch_size {c.patch_size}")
+        stages = self.resnet.shapes[:-1] if c.encoder == "resnet" else []
+        self.shapes = [*stages, (c.enc_dim, *self.grid)]       # of feature maps, finest first
         self.patch_norm = layer_norm(c.enc_dim)
         self.position = Position(c.pos_encoding, *self.grid, c.enc_dim)
         self.cls = embedding(1, c.enc_dim) if c.cls_token else None
@@ -310,9 +319,13 @@ class Encoder(nn.Module):
             Layer(c.enc_dim, c.enc_mlp, c.enc_heads, **dropouts(c)) for _ in range(c.enc_layers))
         self.norm = layer_norm(c.enc_dim)
 
-    def forward(self, images):
+    def forward(self, images, pyramid=False):
+        """pyramid: returns feature maps, too, finest first: those of the stages of a ResNet, but in
+        place of the last one the tokens."""
+        maps = []
         if hasattr(self, "resnet"):
-            features = self.resnet(images)[-1].flatten(2).transpose(1, 2)   # (B, N, channels)
+            *maps, last = self.resnet(images)
+            features = last.flatten(2).transpose(1, 2)  # (B, N, channels)
             x = self.patch(self.dropout(features))      # (B, N, D)
         else:
             x = self.patch(images).flatten(2).transpose(1, 2)               # (B, N, D)
@@ -321,7 +334,10 @@ class Encoder(nn.Module):
             x = torch.cat([self.cls.expand(len(x), 1, -1), x], 1)           # (B, 1 + N, D)
         for layer in self.layers:
             x = layer(x)
-        return self.norm(x)
+        x = self.norm(x)
+        if not pyramid:
+            return x
+        return x, [*maps, x.transpose(1, 2).unflatten(2, self.grid)]        # (B, D, h, w)
 
 
 class Decoder(nn.Module):
@@ -644,7 +660,7 @@ RESNET_STRIDES = {                                      # variant: of each stage
 
 class ResNet(nn.Module):
     """Images (B, 3, H, W) -> list of the feature maps of all stages, finest first, of 256 * width *
-    2^i channels; the last has `channels` and the output stride `stride`.
+    2^i channels, the last `channels`.
 
     With freeze_bn, batch norm uses and keeps the statistics, scales and offsets it was loaded with.
     Else several processes norm by their own images, unless SyncBatchNorm shares the statistics (see
@@ -662,7 +678,11 @@ class ResNet(nn.Module):
         else:
             stem = [ConvNorm(3, w, 7, 2)]
         self.stem, self.stages, self.channels = nn.ModuleList(stem), nn.ModuleList(), w
-        self.stride = 2 * stem[0].conv.stride[0] * math.prod(strides)
+        stride = 2 * stem[0].conv.stride[0]
+        total = [stride * factor for factor in accumulate(strides, operator.mul)]
+        self.shapes = [                                 # of the maps, finest first
+            (4 * w << i, *(math.ceil(side / stride) for side in c.image_size))
+            for i, stride in enumerate(total)]
         for i, (stride, blocks) in enumerate(zip(strides, RESNET_BLOCKS[c.resnet_depth])):
             width = w << i
             # The first block of a dilated stage is not dilated, as in the reference.
@@ -700,6 +720,30 @@ class ResNet(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # parts of denoisers
 
+@dataclass(frozen=True)
+class ImageConfig:
+    """What all networks share that make images."""
+    sample_size: tuple[int, int] = (32, 32)     # height and width of what is made
+    channels: int = 3                   # its channels
+    num_classes: int = 0                # labels, as condition (or features of that width); 0: none
+
+    # No video and no logits, unless a network has them.
+    frames, cond_frames, softmax_groups = 1, 0, 0
+
+    @property
+    def sample_shape(self):
+        """(C, H, W), or of a video (C, T, H, W)."""
+        frames = [self.frames] if self.frames + self.cond_frames > 1 else []
+        return self.channels, *frames, *self.sample_size
+
+
+@dataclass(frozen=True)
+class VideoConfig(ImageConfig):
+    """What those share that make videos, too."""
+    frames: int = 1                     # of the sample; 1: an image
+    cond_frames: int = 0                # context frames of a video, as condition
+
+
 class ScalarEmbedding(nn.Module):
     """A number per example (B,), and optional features (B, features) -> (B, dim)."""
 
@@ -725,6 +769,10 @@ def check_inputs(c, x, labels, **conditions):
         raise ValueError(f"samples of shape {tuple(x.shape[1:])}, expected {c.sample_shape}")
     if labels is not None and not c.num_classes:
         raise ValueError("labels: this network takes none")
+    check_conditions(**conditions)
+
+
+def check_conditions(**conditions):
     for name, (value, width) in conditions.items():
         if (value is not None) != bool(width):
             raise ValueError(f"{name}: this network {'needs them' if width else 'takes none'}")
@@ -834,22 +882,6 @@ class InterfaceConv(nn.Module):
 # RIN: Recurrent Interface Network, a denoiser (see diffusion.py)
 
 @dataclass(frozen=True)
-class VideoConfig:
-    """What networks share that denoise images and videos."""
-    sample_size: tuple[int, int] = (32, 32)     # height and width of what is denoised
-    channels: int = 3                   # its channels
-    frames: int = 1                     # its frames; 1: an image
-    cond_frames: int = 0                # context frames of a video, as condition
-    num_classes: int = 0                # labels, as condition (or features of that width); 0: none
-
-    @property
-    def sample_shape(self):
-        """(C, H, W), or of a video (C, T, H, W)."""
-        frames = [self.frames] if self.frames + self.cond_frames > 1 else []
-        return self.channels, *frames, *self.sample_size
-
-
-@dataclass(frozen=True)
 class RINConfig(VideoConfig):
     """Everything that fixes the shape of a RIN. The defaults are the reference's for CIFAR-10,
     without labels."""
@@ -880,8 +912,6 @@ class RINConfig(VideoConfig):
     drop_path: float = 0.1              # fraction of residual branches left out in training
     dropout: float = 0.1                # fraction of MLP units left out in training
     att_dropout: float = 0.0            # fraction of attention weights left out in training
-
-    softmax_groups = 0                  # a RIN predicts no logits
 
 
 class RINBlock(nn.Module):
@@ -1107,36 +1137,33 @@ class FITEncoder(nn.Module):
 
 
 @dataclass(frozen=True)
-class FITConfig:
-    """Everything that fixes the shape of a FIT that denoises images."""
-    TASKS = "gen",
-    sample_size: tuple[int, int] = (64, 64)     # height and width of what is denoised
-    channels: int = 3                   # its channels
-    num_classes: int = 0                # labels, as condition (or features of that width); 0: none
-    self_cond: str = "latent"           # of the last call: none or latent
+class FITSizes(ImageConfig):
+    """What both kinds of FIT that make images share."""
+    sample_size: tuple[int, int] = (64, 64)     # height and width of an image
     fit_layers: str = "(2)4(2)4(2)"     # (local layers) layers of latents, and so on
-    fit_grid: int = 4                   # groups are the cells of such a grid over the image
     fit_patch: int = 4                  # side of the patch that becomes a token
     fit_dim: int = 512                  # tokens: width
     fit_heads: int = 8                  # tokens: attention heads
-    fit_local_attention: bool = True    # whether tokens attend to each other; else MLPs alone
     fit_latents: int = 16               # latents of a group
     fit_latent_dim: int = 768           # latents: width
     fit_latent_heads: int = 12          # latents: attention heads
     fit_mlp_ratio: int = 4              # hidden width of an MLP / width
-    fit_read_mlp: bool = False          # an MLP after tokens and latents have read each other
-    fit_context_norm: bool = True       # a LayerNorm on what is read, too
     fit_position: str = "learned"       # of tokens in a group, and of latents: learned or sin_cos
-    cond_proj: bool = True              # a dense layer on the condition; else it has that width
     drop_path: float = 0.0              # fraction of residual branches left out in training
     dropout: float = 0.0                # fraction of MLP units left out in training
     att_dropout: float = 0.0            # fraction of attention weights left out in training
 
-    cond_frames = softmax_groups = 0    # a FIT denoises no videos and predicts no logits
 
-    @property
-    def sample_shape(self):
-        return self.channels, *self.sample_size
+@dataclass(frozen=True)
+class FITConfig(FITSizes):
+    """Everything that fixes the shape of a FIT that denoises images."""
+    TASKS = "gen",
+    self_cond: str = "latent"           # of the last call: none or latent
+    fit_grid: int = 4                   # groups are the cells of such a grid over the image
+    fit_local_attention: bool = True    # whether tokens attend to each other; else MLPs alone
+    fit_read_mlp: bool = False          # an MLP after tokens and latents have read each other
+    fit_context_norm: bool = True       # a LayerNorm on what is read, too
+    cond_proj: bool = True              # a dense layer on the condition; else it has that width
 
 
 class FIT(nn.Module):
@@ -1205,33 +1232,13 @@ class FIT(nn.Module):
 # ImageAR: an image written pixel by pixel
 
 @dataclass(frozen=True)
-class ImageARConfig:
+class ImageARConfig(FITSizes):
     """Everything that fixes the shape of an ImageAR."""
     TASKS = "ar",
-    sample_size: tuple[int, int] = (64, 64)     # height and width of an image
-    channels: int = 3                   # its colours
     levels: int = 256                   # of a colour: tokens in the vocabulary
-    num_classes: int = 0                # labels, as condition; 0: none
-    fit_layers: str = "(2)4(2)4(2)"     # (local layers) layers of latents, and so on
-    fit_patch: int = 8                  # side of the patch whose tokens are a group; 0: one group
-    fit_dim: int = 512                  # tokens: width
-    fit_heads: int = 8                  # tokens: attention heads
-    fit_latents: int = 16               # latents of a group
-    fit_latent_dim: int = 768           # latents: width
-    fit_latent_heads: int = 12          # latents: attention heads
-    fit_mlp_ratio: int = 4              # hidden width of an MLP / width
-    fit_position: str = "learned"       # of tokens in a group, and of latents: learned or sin_cos
+    fit_patch: int = 8                  # side of the patch that becomes a group; 0: one group
     shared_embedding: bool = False      # one matrix embeds tokens and scores them
     output_bias: bool = True            # a bias on the scores of the tokens
-    drop_path: float = 0.0              # fraction of residual branches left out in training
-    dropout: float = 0.0                # fraction of MLP units left out in training
-    att_dropout: float = 0.0            # fraction of attention weights left out in training
-
-    cond_frames = softmax_groups = 0    # no videos
-
-    @property
-    def sample_shape(self):
-        return self.channels, *self.sample_size
 
     @property
     def group_size(self):
@@ -1261,7 +1268,7 @@ def token_image(tokens, c):
 class ImageAR(nn.Module):
     """A causal FIT over the tokens of an image (2305.12689): a token sees those before it in its
     group, and latents of the groups before. With one group, a plain decoder."""
-    RENAMES = [(r"^decoder/layers/", "blocks/0/local/"), (r"^decoder/", "")]
+    RENAMES = "^decoder/layers/ blocks/0/local/\n^decoder/"
 
     def __init__(self, config):
         super().__init__()
@@ -1585,6 +1592,110 @@ class UNet(nn.Module):
         return x.unflatten(1, (-1, *c.sample_shape[1:-2])), None
 
 
+# --------------------------------------------------------------------------------------------------
+# Panoptic: masks of images and videos (Pix2Seq-D, 2210.06366)
+
+@dataclass(frozen=True)
+class PanopticConfig(EncoderConfig, UNetConfig):
+    """Everything that fixes the shape of a Panoptic. sample_size and channels are those of the
+    analog bits of a panoptic map."""
+    TASKS = "pan", "vps"
+    encoder: str = "resnet"
+    resnet_variant: str = "c4"
+    channels: int = 16                  # 8 bits of class and 8 of instance
+    softmax_groups: int = 2             # class and instance are predicted as one choice each
+    unet_dim: int = 128
+    multipliers: tuple[int, ...] = (1, 1, 2, 2)
+    res_blocks: tuple[int, ...] = (1, 1, 1, 1)
+    attention_at: tuple[int, ...] = ()
+    transformer_layers: int = 6
+    transformer_dim: int = 512
+    in_kernel: int = 1
+    out_kernel: int = 1
+    past_frames: int = 0                # maps of earlier frames of a video, as condition
+    fuse_dim: int = 256                 # width of the image's features, if none is as large as maps
+    image_condition: str = "cat+attn"   # features beside the noisy map, tokens to attend to, both
+
+
+class UpsampleBlock(nn.Module):
+    """A coarse map (B, in_dim, h, w) -> a finer one (B, dim, H, W), to which `finer` is added."""
+
+    def __init__(self, in_dim, dim):
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(in_dim, dim, 1), group_norm(dim)
+        self.conv2, self.norm2 = SameConv2d(dim, dim, 3), group_norm(dim)
+
+    def forward(self, x, size, finer=0.0):
+        x = F.silu(self.norm1(self.conv1(x)))
+        x = F.interpolate(x, size) + finer
+        return F.silu(self.norm2(self.conv2(x)))
+
+
+class Panoptic(nn.Module):
+    """Denoises the analog bits of the panoptic map of an image, or of a frame of a video
+    (2210.06366): a UNet that sees what an Encoder makes of the image."""
+    RENAMES = r"""
+        ^encoder_fuse/upsample_blocks/  fuse/
+        /gn([12])/                      /norm\1/
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        check_choice(c.image_condition, ("cat", "attn", "cat+attn"), "image_condition")
+        check_choice(c.encoder, ("vit", "resnet"), "encoder")
+        self.encoder = Encoder(c)
+        # The feature maps from the coarsest on are merged until they are as large as the masks.
+        shapes, masks = self.encoder.shapes, list(c.sample_size)
+        (width, *size), self.fuse = shapes[-1], nn.ModuleDict()
+        for i in reversed(range(len(shapes))):
+            finer, *larger = shapes[i - 1] if i else (c.fuse_dim, *masks)
+            fits = larger[0] <= masks[0] and larger[1] <= masks[1]
+            if fits and (i or size != larger):
+                self.fuse[str(i)] = UpsampleBlock(width, finer)
+                width, size = finer, larger
+        if size != masks or masks[0] * self.encoder.grid[1] != masks[1] * self.encoder.grid[0]:
+            raise ValueError(
+                f"sample_size {c.sample_size}: expected a multiple of {self.encoder.grid}, the "
+                f"patches of an image of {c.image_size}")
+        shape = {field.name: getattr(c, field.name) for field in fields(UNetConfig)}
+        shape |= dict(
+            cond_channels=width + c.past_frames * c.channels,
+            context_dim=c.enc_dim if "attn" in c.image_condition else 0,
+        )
+        self.cond_dim = width
+        self.denoiser = UNet(UNetConfig(**shape))
+        initialize(self)
+
+    def encode(self, images, past=None):
+        """What the denoiser sees beside the noisy map, the same in all steps of sampling: a dict.
+
+        images: (B, 3, H, W) float in [0, 1]
+        past:   of a video, analog bits of the maps of past_frames frames before, the oldest first
+                (B, past_frames * channels, *sample_size); where there is none, of a map of zeros
+        """
+        c = self.config
+        check_conditions(past=(past, c.past_frames))
+        tokens, maps = self.encoder(images, pyramid=True)
+        x = maps.pop()
+        for level, block in self.fuse.items():
+            i = int(level)
+            x = block(x, maps[i - 1].shape[2:], maps[i - 1]) if i else block(x, c.sample_size)
+        if "cat" not in c.image_condition:
+            x = torch.zeros_like(x)
+        return {
+            "map": x if past is None else torch.cat([x, past], 1),
+            "context": tokens if "attn" in c.image_condition else None,
+        }
+
+    def forward(self, x, gamma, self_cond=None, images=None, past=None, map=None, context=None):
+        """A denoiser of diffusion.py, of the analog bits of maps x (B, channels, *sample_size).
+        images and past: see `encode`; in their place, what it returned, map and context."""
+        if images is not None:
+            map, context = self.encode(images, past).values()
+        return self.denoiser(x, gamma, self_cond, map=map, context=context)
+
+
 def focal_losses(logits, targets, gamma=2.0):
     """Like `token_losses`, the focal loss (1708.02002)."""
     p = torch.exp(-token_losses(logits, targets))
@@ -1598,6 +1709,7 @@ NETWORKS = {
     "Pix2Seq": (Pix2Seq, Pix2SeqConfig),
     "RIN": (RIN, RINConfig),
     "UNet": (UNet, UNetConfig),
+    "Panoptic": (Panoptic, PanopticConfig),
     "FIT": (FIT, FITConfig),
     "ImageAR": (ImageAR, ImageARConfig),
 }
@@ -1942,89 +2054,97 @@ DECODER_TABLES = {"decoder.position.code", "decoder.embed", "decoder.unembed", "
 # --------------------------------------------------------------------------------------------------
 # TensorFlow checkpoints of the reference: their names and layouts -> ours
 
-RENAMES = [                                             # applied in order to a name
-    (r"^model/", ""),
-    # FIT ("x" are its tokens, "l" its latents)
-    (r"(?<![^/])x_network/(\d+)/(enc|dec)_layers/", r"blocks/\1/local/"),
-    (r"(?<![^/])l_network/(\d+)/(enc|dec)_layers/", r"blocks/\1/process/"),
-    (r"(?<![^/])l2x_cross_attn/(\d+)/", r"blocks/\1/read/"),
-    (r"(?<![^/])l2c_cross_attn/(\d+)/", r"blocks/\1/read_cond/"),
-    (r"(?<![^/])x2l_cross_attn/(\d+)/", r"blocks/\1/write/"),
-    (r"(?<![^/])x_output_ln/", "norm/"),
-    (r"(?<![^/])l_output_ln/", "latent_norm/"),
-    (r"(?<![^/])x_output_linear/", "output/"),
-    (r"(?<![^/])\w+\.Sx_pos_emb\.Skernel\.Svis_pos_embedding", "position/code"),
-    # RIN ("tape" is its interface); (?<![^/]) is the start of a part of the name
-    (r"(?<![^/])(read|read_cond|write)_units/(\d+)/dec_layers/0/", r"blocks/\2/\1/"),
-    (r"(?<![^/])latent_processing_units/(\d+)/enc_layers/", r"blocks/\1/process/"),
-    (r"(?<![^/])conv_units/(\d+)/", r"blocks/\1/conv/"),
-    (r"(?<![^/])(latent|tape)_prev_proj/", r"\1_prev/mlp/"),
-    (r"(?<![^/])(latent|tape)_prev_ln/", r"\1_prev/norm/"),
-    (r"(?<![^/])\w+\.S(latent|tape)_pos_emb_res\.Skernel", r"\1_position/residual"),
-    (r"(?<![^/])\w+\.S(latent|tape)_pos_emb\.Skernel\.Svis_pos_embedding", r"\1_position/code"),
-    (r"(?<![^/])tape_", "interface_"),
-    (r"(?<![^/])output_linear/", "output/"),
-    (r"/enc_ln/", "/context_norm/"),
-    (r"(?<![^/])time_emb/dense_0/", "time_emb/fc1/"),
-    (r"(?<![^/])time_emb/dense_1/", "time_emb/fc2/"),
-    # UNet
-    (r"(?<![^/])dn_units/", "down/"),
-    (r"(?<![^/])up_units/", "up/"),
-    (r"/resnet_blocks/", "/blocks/"),
-    (r"(?<![^/])group_norm_", "norm_"),
-    (r"/trans_conv_(in|out)_norm/", r"/norm_\1/"),
-    (r"/trans_conv_", "/conv_"),
-    (r"/shortcut_layer/", "/shortcut/"),
-    (r"/mhca_blocks/(\d+)/", r"/attention/\1/cross_att/"),
-    (r"/mhca_norms/(\d+)/", r"/attention/\1/cross_norm/"),
-    (r"/mhsa_blocks/(\d+)/", r"/attention/\1/self_att/"),
-    (r"/mhsa_norms/(\d+)/", r"/attention/\1/self_norm/"),
-    (r"(?<![^/])transformer_decoder/dec_layers/", "layers/"),
-    (r"(?<![^/])transformer\.Svis_pos_embedding", "position/code"),
-    # Pix2Seq
-    (r"transformer_encoder/enc_layers|(?<=decoder/)decoder/dec_layers", "layers"),
-    (r"/mha_ln/", "/self_norm/"),
-    (r"/mha/", "/self_att/"),
-    (r"_(self|cross)_mha/", r"_\1_att/"),
-    (r"/(self|cross)_ln/", r"/\1_norm/"),
-    (r"/(self|cross)_mha/", r"/\1_att/"),
-    (r"/_(q|k|v)\w+_dense/", r"/\1/"),
-    (r"/_output_dense/", "/out/"),
-    (r"mlp/mlp_layers/0/dense([12])/", r"mlp/fc\1/"),
-    (r"mlp/layernorms/0/", "mlp/norm/"),
-    (r"(?<![^/])stem(_conv|_projection)?/", "patch/"),
-    (r"(?<![^/])stem_ln/", "patch_norm/"),
-    (r"(?<![^/])output_ln/", "norm/"),
-    (r"^proj_ln/", "proj_norm/"),
-    (r"^encoder/(vit|rest)\.Svis_pos_embedding", "encoder/position/code"),
-    (r"^proj\.Svis_pos_embedding", "proj_position/code"),
-    (r"^encoder/(vit|rest)\.Scls_token_embedding", "encoder/cls"),
-    (r"ar_decoder\.Sseq_pos_embedding", "position/code"),
-    (r"(ar_decoder|fitar)\.S(inp_)?token_embedding", "embed"),
-    (r"(ar_decoder|fitar)\.Soutp_token_embedding", "unembed"),
-    (r"(ar_decoder|fitar)\.Soutp_bias", "bias"),
-    # ResNet: the stem's layers are conv, norm, or in c3 conv, norm, nothing, conv, norm, ...
-    (r"initial_conv_relu_max_pool/(\d)/conv2d/", lambda m: f"stem/{int(m[1]) // 2}/conv/"),
-    (r"initial_conv_relu_max_pool/(\d)/bn/", lambda m: f"stem/{(int(m[1]) - 1) // 2}/norm/"),
-    (r"/block_groups/(\d)/layers/", r"/stages/\1/"),
-    (r"/projection_layers/\d/", "/shortcut/"),
-    (r"/conv_relu_dropblock_layers/(\d)/", lambda m: f"/convs/{int(m[1]) // 3}/"),
-    (r"/conv2d/", "/conv/"),
-    (r"/[bg]n/", "/norm/"),
-    (r"/moving_mean$", "/running_mean"),
-    (r"/moving_variance$", "/running_var"),
-    (r"/(kernel|depthwise_kernel|gamma)$", "/weight"),
-    (r"/beta$", "/bias"),
-]
+# A pattern, and what it becomes, applied in order to a name.
+RENAMES = r"""
+^model/
+# FIT ("x" are its tokens, "l" its latents)
+\bx_network/(\d+)/(enc|dec)_layers/                             blocks/\1/local/
+\bl_network/(\d+)/(enc|dec)_layers/                             blocks/\1/process/
+\bl2x_cross_attn/(\d+)/                                         blocks/\1/read/
+\bl2c_cross_attn/(\d+)/                                         blocks/\1/read_cond/
+\bx2l_cross_attn/(\d+)/                                         blocks/\1/write/
+\bx_output_ln/                                                  norm/
+\bl_output_ln/                                                  latent_norm/
+\bx_output_linear/                                              output/
+\b\w+\.Sx_pos_emb\.Skernel\.Svis_pos_embedding                  position/code
+# RIN ("tape" is its interface)
+\b(read|read_cond|write)_units/(\d+)/dec_layers/0/              blocks/\2/\1/
+\blatent_processing_units/(\d+)/enc_layers/                     blocks/\1/process/
+\bconv_units/(\d+)/                                             blocks/\1/conv/
+\b(latent|tape)_prev_proj/                                      \1_prev/mlp/
+\b(latent|tape)_prev_ln/                                        \1_prev/norm/
+\b\w+\.S(latent|tape)_pos_emb_res\.Skernel                      \1_position/residual
+\b\w+\.S(latent|tape)_pos_emb\.Skernel\.Svis_pos_embedding      \1_position/code
+\btape_                                                         interface_
+\boutput_linear/                                                output/
+/enc_ln/                                                        /context_norm/
+\btime_emb/dense_0/                                             time_emb/fc1/
+\btime_emb/dense_1/                                             time_emb/fc2/
+# UNet
+\bdn_units/                                                     down/
+\bup_units/                                                     up/
+/resnet_blocks/                                                 /blocks/
+\bgroup_norm_                                                   norm_
+/trans_conv_(in|out)_norm/                                      /norm_\1/
+/trans_conv_                                                    /conv_
+/shortcut_layer/                                                /shortcut/
+/mhca_blocks/(\d+)/                                             /attention/\1/cross_att/
+/mhca_norms/(\d+)/                                              /attention/\1/cross_norm/
+/mhsa_blocks/(\d+)/                                             /attention/\1/self_att/
+/mhsa_norms/(\d+)/                                              /attention/\1/self_norm/
+\btransformer_decoder/dec_layers/                               layers/
+\btransformer\.Svis_pos_embedding                               position/code
+# Pix2Seq
+transformer_encoder/enc_layers|(?<=decoder/)decoder/dec_layers  layers
+/mha_ln/                                                        /self_norm/
+/mha/                                                           /self_att/
+_(self|cross)_mha/                                              _\1_att/
+/(self|cross)_ln/                                               /\1_norm/
+/(self|cross)_mha/                                              /\1_att/
+/_(q|k|v)\w+_dense/                                             /\1/
+/_output_dense/                                                 /out/
+mlp/mlp_layers/0/dense([12])/                                   mlp/fc\1/
+mlp/layernorms/0/                                               mlp/norm/
+\bstem(_conv|_projection)?/                                     patch/
+\bstem_ln/                                                      patch_norm/
+\boutput_ln/                                                    norm/
+^proj_ln/                                                       proj_norm/
+^encoder/(vit|rest)\.Svis_pos_embedding                         encoder/position/code
+^proj\.Svis_pos_embedding                                       proj_position/code
+^encoder/(vit|rest)\.Scls_token_embedding                       encoder/cls
+ar_decoder\.Sseq_pos_embedding                                  position/code
+(ar_decoder|fitar)\.S(inp_)?token_embedding                     embed
+(ar_decoder|fitar)\.Soutp_token_embedding                       unembed
+(ar_decoder|fitar)\.Soutp_bias                                  bias
+# ResNet: the stem's layers are conv, norm, or in c3 conv, norm, nothing, conv, norm, ...
+initial_conv_relu_max_pool/[01]/conv2d/                         stem/0/conv/
+initial_conv_relu_max_pool/[23]/conv2d/                         stem/1/conv/
+initial_conv_relu_max_pool/[45]/conv2d/                         stem/2/conv/
+initial_conv_relu_max_pool/[12]/bn/                             stem/0/norm/
+initial_conv_relu_max_pool/[34]/bn/                             stem/1/norm/
+initial_conv_relu_max_pool/[56]/bn/                             stem/2/norm/
+/block_groups/(\d)/layers/                                      /stages/\1/
+/projection_layers/\d/                                          /shortcut/
+/conv_relu_dropblock_layers/[0-2]/                              /convs/0/
+/conv_relu_dropblock_layers/[3-5]/                              /convs/1/
+/conv_relu_dropblock_layers/[6-8]/                              /convs/2/
+/conv2d/                                                        /conv/
+/[bg]n/                                                         /norm/
+/moving_mean$                                                   /running_mean
+/moving_variance$                                               /running_var
+/(kernel|depthwise_kernel|gamma)$                               /weight
+/beta$                                                          /bias
+"""
 
 
-def from_reference(weights, renames=()):
+def from_reference(weights, renames=""):
     """Weights under the reference's names and in its layouts -> {our name: float32 tensor} and
     {our name: their name}. renames: a network's own, after those of all."""
     renamed, names = {}, {}
+    rows = re.findall(r"^ *([^#\s]\S*) *(.*)", RENAMES + renames, re.M)
     for theirs, value in weights.items():
         name = theirs
-        for pattern, new in [*RENAMES, *renames]:
+        for pattern, new in rows:
             name = re.sub(pattern, new, name)
         w = torch.tensor(value, dtype=torch.float32)
         if re.search(r"_att/[qkv]/", name):             # (D x) heads x hs
@@ -2050,7 +2170,7 @@ def from_reference(weights, renames=()):
 def load_reference_weights(model, weights):
     """`load_weights` for weights of the reference, {name: array}, named as in its checkpoints
     without `/.ATTRIBUTES/VARIABLE_VALUE`, in its layouts."""
-    load_weights(model, *from_reference(weights, getattr(model, "RENAMES", ())))
+    load_weights(model, *from_reference(weights, getattr(model, "RENAMES", "")))
 
 
 def read_reference_checkpoint(path):
@@ -2100,31 +2220,36 @@ def convert(path, c, categories=()):
     `save`), of averaged weights if it has them.
 
     categories: annotation files in COCO's format that name the classes and their keypoints; without
-                any, they are named by number, as far as COCO's 90
+                any, they are named by number, as far as COCO's 90 (panoptic: 133)
     ValueError and FileNotFoundError, as what it calls.
     """
     weights, model = read_reference_checkpoint(path), build(c.model)
-    for part in ("/denoiser_ema/", "/denoiser/"):      # the averaged weights, if there are some
+    averaged = {name.replace("_ema/", "/"): w for name, w in weights.items() if "_ema/" in name}
+    weights = {name: w for name, w in weights.items() if "_ema/" not in name} | averaged
+    if not isinstance(c.model, PanopticConfig):         # whose denoiser is not all of it
+        part = "/denoiser/"
         of_part = {name.replace(part, "/"): w for name, w in weights.items() if part in name}
         weights = of_part or weights
     load_reference_weights(model, weights)
+    counted = isinstance(c.model, PanopticConfig)       # whose labels count the categories
     if isinstance(c.model, Pix2SeqConfig):
         labels = range(1, c.vocab.max_label + 1)
-        named = {i: {"name": str(i)} for i in labels[:90]}
+        default = labels[:90]
+    elif counted:
+        labels, default = range(1 << 24), range(1, 134)
     else:
-        labels = range(c.model.num_classes)
-        named = {i: {"name": str(i)} for i in labels}
-    if categories:
-        named = {}
+        labels = default = range(c.model.num_classes)
+    known, kept = {}, ("name", "keypoints", "skeleton", "isthing")
     for file in categories:
         with open(file, encoding="utf-8") as f:
             rows = json.load(f)["categories"]
         for row in rows:
             if row["id"] not in labels:
                 raise ValueError(f"{file}: category {row['id']} is not of {labels}")
-            known = {key: row[key] for key in ("name", "keypoints", "skeleton") if key in row}
-            named.setdefault(row["id"], {}).update(known)
-    rows = tuple({"id": i, **row, "label": i} for i, row in sorted(named.items()))
+            known.setdefault(row["id"], {}).update({k: row[k] for k in kept if k in row})
+    rows = tuple(
+        {"id": i, "name": str(i), **known.get(i, {}), "label": n if counted else i}
+        for n, i in enumerate(sorted(known) or default, 1))
     return {
         "network": type(model).__name__,
         "config": asdict(replace(c, categories=rows)),

@@ -13,6 +13,7 @@ import argparse
 import difflib
 import glob
 import inspect
+import io
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
 from pycocotools import mask as mask_tools
 
 import data
@@ -36,11 +37,8 @@ from diffusion import DiffusionConfig
 from model import (
     NETWORKS,
     Device,
-    FITConfig,
-    ImageARConfig,
+    ImageConfig,
     Pix2SeqConfig,
-    RINConfig,
-    UNetConfig,
     attention_maps,
     build,
     image_losses,
@@ -65,20 +63,23 @@ class SamplingConfig:
     ar_top_p: float = 1.0               # ar: top-p
     sample_schedule: str = "cosine"     # gen: noise schedule gamma(t) of sampling
     sample_steps: int = 100             # gen: sampling steps
+    later_steps: int = 0                # vps: those of all frames but the first; 0: as many
     sampler: str = "ddim"               # gen: ddim, ddpm, ddpm@large or ddpm@small
     guidance: float = 0.0               # gen: classifier-free guidance scale
     td: float = 0.0                     # gen: asymmetric time intervals, extra length of each step
     self_cond_decay: float = 0.0        # gen: weight of the past in self-conditioning
     eval_samples: int = 200             # gen: samples per evaluation
+    min_pixels: int = 40                # pan, vps: smaller instances are left out
     proxy_classifier: bool = False      # gen: train a small classifier that scores the samples
     inception: str = ""                 # gen: TorchScript file for FID: inception-2015-12-05.pt
+    i3d: str = ""                       # gen: TorchScript file for FVD: i3d_torchscript.pt
     stats_dir: str = ""                 # gen: folder for FID's statistics; empty: the run's
 
 
 @dataclass(frozen=True)
 class Config:
     """What defines a trained model and its data; train.Config adds how it was trained."""
-    model: Pix2SeqConfig | RINConfig | UNetConfig | FITConfig | ImageARConfig = Pix2SeqConfig()
+    model: Pix2SeqConfig | ImageConfig = Pix2SeqConfig()
     vocab: Vocab = Vocab()
     data: DataConfig = DataConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -264,43 +265,103 @@ def make_images(model, inputs, c):
     that goes on from the record's context frames; with `levels`, the losses at each of them."""
     # Every example sees the network's own estimate, as in sampling, and none is mirrored.
     always = replace(c.diffusion, self_cond_rate=1.0, self_cond_masking=False)
-    c = replace(c, data=replace(c.data, flip=False), diffusion=always)
-    examples = [data.gen_example(record, c, None) for record in inputs.records]
-    batch = data.collate("gen", c)(examples).to(device_of(model))
-    losses = []
+    c, batch = replace(c, diffusion=always), unmirrored(model, inputs, c)
+    losses, count = [], len(inputs.records)
     for t in inputs.levels:
-        times = torch.full((len(examples),), t, device=device_of(model))
+        times = torch.full((count,), t, device=device_of(model))
         noise = inputs.generator.clone_state()         # the same at every level
         losses.append(diffusion.denoising_losses(model, batch, c, times, noise).cpu().numpy())
-    pixels = diffusion.generate(
-        model, c, len(examples), batch.cond, inputs.generator, inputs.callback)
+    pixels = diffusion.generate(model, c, count, batch.cond, inputs.generator, inputs.callback)
     if c.model.cond_frames:
         pixels = torch.cat([batch.cond["frames"], pixels], 2)
-    pixels = pixels.movedim(1, -1).cpu().numpy()
-    return [
-        {"pixels": pixels[i], "label": record["label"], "losses": [at[i] for at in losses]}
-        for i, record in enumerate(inputs.records)]
+    return made(inputs, pixels, "losses", list(zip(*losses)) or [()] * count)
 
 
 def write_images(model, inputs, c):
     """[{pixels, label}]: an image of the record's label, (H, W, C) uint8, written pixel by pixel,
     that begins with `rows` of the record's own; with `levels`, also the bits per dimension of the
     record's pixels."""
-    c = replace(c, data=replace(c.data, flip=False))
-    examples = [data.gen_example(record, c, None) for record in inputs.records]
-    batch = data.collate("ar", c)(examples).to(device_of(model))
+    batch = unmirrored(model, inputs, c)
     labels = batch.cond["labels"] if c.model.num_classes else None
     tokens = image_tokens(batch.targets, c.model).flatten(1)
     s, given = c.sampling, tokens[:, :inputs.rows * tokens.shape[1] // c.model.sample_size[0]]
     tokens = model.generate(
         given, labels, inputs.generator, temperature=s.temperature, top_k=s.top_k, top_p=s.ar_top_p)
-    pixels = token_image(tokens, c.model).movedim(1, -1).cpu().numpy()
-    bits = [[]] * len(examples)
+    bits = [()] * len(tokens)
     if inputs.levels:
         bits = (image_losses(model, batch, c) / math.log(2)).tolist()
+    return made(inputs, token_image(tokens, c.model), "bits", bits)
+
+
+def unmirrored(model, inputs, c):
+    """The batch of the records' own pixels."""
+    c = replace(c, data=replace(c.data, flip=False))
+    examples = [data.gen_example(record, c, None) for record in inputs.records]
+    return data.collate("gen", c)(examples).to(device_of(model))
+
+
+def made(inputs, pixels, key, rows):
+    """Of each record the new pixels, of (B, C, [T,] H, W), its label, and its row as `key`."""
+    pixels = pixels.movedim(1, -1).cpu().numpy()
     return [
-        {"pixels": pixels[i], "label": record["label"], "bits": bits[i]}
-        for i, record in enumerate(inputs.records)]
+        {"pixels": image, "label": record["label"], key: row}
+        for record, image, row in zip(inputs.records, pixels, rows)]
+
+
+@torch.no_grad()
+def make_maps(model, inputs, c):
+    """[{maps, sizes}]: of each frame of a record the class and instance of each pixel, uint8
+    (T, 2, h, w), as large as the model's masks; see `full_maps`."""
+    views = [data.eval_view(data.whole(record["images"][0]), c.model.image_size)
+             for record in inputs.records]
+    lengths = [len(record["images"]) for record in inputs.records]
+    frames = []                                        # (T, B, 3, H, W); ends are repeated
+    for t in range(max(lengths)):
+        images = [record["images"][min(t, n - 1)] for record, n in zip(inputs.records, lengths)]
+        frames.append(view_images(images, views, device_of(model)))
+    maps = diffusion.generate_maps(
+        model, c, torch.stack(frames, 1), inputs.generator, callback=inputs.callback)
+    return [
+        map_prediction(record, rows, view, c)
+        for record, rows, view in zip(inputs.records, maps.cpu().numpy(), views)]
+
+
+def map_prediction(record, masks, view, c):
+    """Masks (T, 2, h, w) uint8, class and instance, of a record's frames (and maybe of more) ->
+    what is said about it: its id and name, maps, a PNG per frame, and per frame segments_info."""
+    known, maps, segments = {row["label"]: row for row in c.categories}, [], []
+    for mask, image in zip(masks, record["images"]):
+        full = full_map(mask, view, image.size, c.sampling.min_pixels)
+        segments.append([
+            {"id": i, "category_id": known[i >> 8]["id"], "name": known[i >> 8]["name"]}
+            for i in np.unique(full).tolist() if i])
+        maps.append(as_png(full))
+    return {"id": record["id"], "name": record["name"], "maps": maps, "segments": segments}
+
+
+def full_map(mask, view, size, min_pixels):
+    """Class and instance of each pixel of a mask (2, h, w) uint8 -> ids 256 * class + instance of
+    each pixel of its image (width, height), 0 for none. Each instance takes one class; those of
+    less than min_pixels are left out."""
+    view = data.on_canvas(view, mask.shape[1:])
+    parts = [Image.fromarray(values[:view.height, :view.width]) for values in mask]
+    full = [np.array(part.resize(size, Image.NEAREST), np.int64) for part in parts]
+    classes, ids = diffusion.majority_vote(*map(torch.from_numpy, full), min_pixels)
+    return torch.where(classes > 0, 256 * classes + ids, 0).numpy()
+
+
+def as_png(ids):
+    """Ids (H, W) -> a PNG in COCO's panoptic format, R + 256 G + 65536 B, as bytes."""
+    colours = np.stack([ids, ids >> 8, ids >> 16], -1) & 255
+    content = io.BytesIO()
+    Image.fromarray(colours.astype(np.uint8)).save(content, "png")
+    return content.getvalue()
+
+
+def read_map(content):
+    """A PNG of `full_map` -> class and instance (2, H, W)."""
+    ids = data.read_ids(io.BytesIO(content))
+    return np.stack([ids >> 8, ids & 255])
 
 
 PREDICT = {
@@ -310,6 +371,8 @@ PREDICT = {
     "cap": caption,
     "gen": make_images,
     "ar": write_images,
+    "pan": make_maps,
+    "vps": make_maps,
 }
 
 
@@ -318,10 +381,14 @@ PREDICT = {
 
 def encode_views(model, images, views):
     """PIL images and the views of them -> (B, N, dec_dim)."""
+    return model.encode(view_images(images, views, device_of(model)))
+
+
+def view_images(images, views, device):
+    """PIL images and the views of them -> float (B, 3, H, W) in [0, 1], padded."""
     pixels = np.stack([view.image(image) for image, view in zip(images, views)])
     sizes = torch.tensor([[view.height, view.width] for view in views])
-    device = device_of(model)
-    return model.encode(data.to_images(torch.from_numpy(pixels).to(device), sizes.to(device)))
+    return data.to_images(torch.from_numpy(pixels).to(device), sizes.to(device))
 
 
 def device_of(model):
@@ -656,9 +723,7 @@ def show_samples(model, c, tasks, args, generator):
         steps = np.stack(steps, 1)                     # (8, steps, [T,] H, W, C)
         if steps.ndim == 6:
             steps = steps[:, :, -1]                    # the last frame stands for a clip
-        tenths = [round(i * (steps.shape[1] - 1) / 9) for i in range(10)]
-        strip = steps[:, tenths].reshape(-1, *steps.shape[2:])
-        pictures.append(data.save_grid(strip, f"{args.out}/strip", columns=10))
+        pictures.append(draw_strip(steps, f"{args.out}/strip"))
         pause = np.repeat(steps[:, -1:], steps.shape[1] // 4 + 1, 1)
         film = np.concatenate([steps, pause], 1)
         film = data.save_grid(film, f"{args.out}/denoising", columns=4, ms=80)
@@ -685,7 +750,92 @@ def sample_records(c, count):
     return [{"pixels": np.zeros(shape, np.uint8), "label": int(label)} for label in labels]
 
 
+def show_maps(model, c, tasks, args, generator):
+    """Panoptic maps drawn over images, and as PNGs and JSON in COCO's format; of clips, GIFs. With
+    --strip also how the map of the first image comes out of noise."""
+    records = [read_clip(path, tasks[0]) for path in args.images] or held_out_maps(c, args.count)
+    predictions, pictures, firsts, steps = {}, [], [], []
+    for record in records:
+        inputs = Inputs([record], c, generator=generator)
+        if args.strip and not firsts:
+            inputs.callback = lambda n, i, maps: n or steps.append(paint(maps[0].cpu().numpy()))
+        predictions[record["name"]] = said = predict(model, inputs, c, tasks)[0]
+        drawn = draw_maps(record["images"], map(read_map, said["maps"]), c)
+        pictures.append(data.save_film(drawn, f"{args.out}/{record['name']}"))
+        firsts.append(drawn[0])
+    if len(firsts) > 1:
+        data.tile(firsts).save(f"{args.out}/all.png")
+    if steps:
+        pictures.append(draw_strip(np.stack(steps)[None], f"{args.out}/strip"))
+    with open(write_maps(predictions, f"{args.out}/maps")) as f:
+        return {"pictures": pictures, "maps": f.name} | json.load(f)
+
+
+def held_out_maps(c, count):
+    source = data.make_source(c, "val", c.data.tasks[0])
+    return [source[i] for i in range(min(count or 8, len(source)))]
+
+
+def write_maps(predictions, stem):
+    """PNGs in a folder, and a JSON file, in COCO's panoptic format; of clips, a folder of PNGs
+    each, named by the number of their frame. Returns the JSON file's name."""
+    annotations = []
+    for p in predictions.values():
+        for t, (content, segments) in enumerate(zip(p["maps"], p["segments"])):
+            name = f"{p['name']}/{t:06}.png" if len(p["maps"]) > 1 else f"{p['name']}.png"
+            os.makedirs(os.path.dirname(f"{stem}/{name}"), exist_ok=True)
+            with open(f"{stem}/{name}", "wb") as f:
+                f.write(content)
+            annotations.append({"image_id": p["id"], "file_name": name, "segments_info": segments})
+    with open(f"{stem}.json", "w") as f:
+        json.dump({"annotations": annotations}, f)
+    return f"{stem}.json"
+
+
+def read_clip(path, task):
+    """An image file -> a record for panoptic masks; for vps a folder of frames, a GIF, or, with
+    PyAV, a video file. The name of the record is the file's."""
+    name = os.path.splitext(os.path.basename(os.path.normpath(path)))[0]
+    if task == "pan":
+        images = [data.load_image(path)]
+    elif os.path.isdir(path):
+        images = list(map(data.load_image, data.frame_files(path).values()))
+    elif path.lower().endswith((".gif", *data.IMAGE_KINDS)):
+        with Image.open(path) as film:
+            images = [data.to_rgb(frame.copy()) for frame in ImageSequence.Iterator(film)]
+    else:
+        try:
+            import av
+        except ImportError as e:
+            raise ImportError(f"{path}: reading a video file needs PyAV: pip install av") from e
+        with av.open(path) as film:
+            images = [frame.to_image() for frame in film.decode(video=0)]
+    if not images:
+        raise ValueError(f"{path}: no frames, expected image files")
+    return {"images": images, "id": name, "name": name}
+
+
+def draw_maps(images, maps, c, side=384):
+    """PIL images and their class and instance of each pixel (2, H, W) -> copies with the segments
+    in colours, the same for an instance in all frames, and their names; small ones enlarged."""
+    names, drawn = {row["label"]: row["name"] for row in c.categories}, []
+    for image, (classes, ids) in zip(images, maps):
+        picture, zoom, font = enlarged(image, side)
+        colours = Image.fromarray(paint((classes, ids))).resize(picture.size, Image.NEAREST)
+        drawn.append(Image.blend(picture, colours, 0.6))
+        pen = ImageDraw.Draw(drawn[-1])
+        for label, i in np.unique(np.stack([classes.ravel(), ids.ravel()]), axis=1).T.tolist():
+            if label:
+                ys, xs = np.nonzero((classes == label) & (ids == i))
+                middle = np.hypot(ys - ys.mean(), xs - xs.mean()).argmin()
+                at = (xs[middle] + 0.5) * zoom, (ys[middle] + 0.5) * zoom
+                outlined = dict(stroke_width=2, stroke_fill="black")
+                pen.text(at, names[label], "white", font, "mm", **outlined)
+    return drawn
+
+
 SHOW = dict.fromkeys(PREDICT, show_predictions) | {"gen": show_samples, "ar": show_samples}
+SHOW |= {"pan": show_maps, "vps": show_maps}
 
 
 # PICTURE[task](model, c, count, generator, stem): a look at a model while it trains
@@ -707,8 +857,37 @@ def picture_samples(model, c, count, generator, stem):
     draw_grid(predict(model, inputs, c, c.data.tasks), stem)
 
 
+def picture_maps(model, c, count, generator, stem):
+    """First held-out images or clips, each as predicted and beside it in truth."""
+    records, films = held_out_maps(c, count), []
+    said = predict(model, Inputs(records, c, generator=generator), c, c.data.tasks)
+    for record, prediction in zip(records, said):
+        truth = [true_map(numbers, record["segments"]) for numbers in record["maps"]]
+        both = map(read_map, prediction["maps"]), truth
+        drawn = (draw_maps(record["images"], maps, c, side=128) for maps in both)
+        films.append([data.tile(pair, columns=2) for pair in zip(*drawn)])
+    data.save_film([data.tile(frames) for frames in zip(*films)], stem)
+
+
+def true_map(numbers, segments):
+    """Segments of pixels (H, W) -> their class and number (2, H, W), that of a crowd is 0."""
+    values, places = np.unique(numbers, return_inverse=True)
+    rows = [segments.get(n, {"category_id": 0}) for n in values.tolist()]
+    table = [(row["category_id"], 0 if row.get("iscrowd") else n) for n, row in zip(values, rows)]
+    return np.moveaxis(np.array(table)[places.reshape(numbers.shape)], -1, 0)
+
+
+def paint(frame):
+    """A map (2, H, W) -> uint8 (H, W, 3): its hue tells class and instance, black is no class."""
+    classes, ids = np.asarray(frame, np.int64)
+    full = 255 * (classes > 0)
+    hsv = np.stack([(97 * classes + 41 * ids) % 256, 3 * full // 4, full], -1).astype(np.uint8)
+    return np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
+
+
 PICTURE = dict.fromkeys(PREDICT, picture_predictions)
 PICTURE |= {"gen": picture_samples, "ar": picture_samples}
+PICTURE |= {"pan": picture_maps, "vps": picture_maps}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -721,6 +900,12 @@ def draw_grid(predictions, stem):
     return data.save_grid(np.stack([p["pixels"] for p in predictions]), stem)
 
 
+def draw_strip(steps, stem):
+    """Estimates (N, steps, H, W, C) -> a row per sample, with ten of them."""
+    tenths = np.linspace(0, steps.shape[1] - 1, 10).round().astype(int)
+    return data.save_grid(steps[:, tenths].reshape(-1, *steps.shape[2:]), stem, columns=10)
+
+
 def draw_beside(predictions, records, stem):
     """Predicted clips frame by frame, context first, and below each what really followed."""
     clips = []                                         # of shape (T, H, W, C), two per prediction
@@ -730,12 +915,17 @@ def draw_beside(predictions, records, stem):
     return data.save_grid(frames, stem, columns=len(clips[0]))
 
 
+def enlarged(image, side):
+    """A small PIL image enlarged to about `side` pixels, how many times, and a font for it."""
+    zoom = max(1, round(side / max(image.size)))
+    picture = image.resize((image.width * zoom, image.height * zoom), Image.NEAREST)
+    return picture, zoom, ImageFont.load_default(max(12, max(picture.size) // 40))
+
+
 def draw(image, prediction, c, min_score=0.3, side=384):
     """PIL RGB and what was predicted -> a copy with masks, keypoints, boxes, names, scores and the
     caption, small images enlarged to about `side` pixels."""
-    zoom = max(1, round(side / max(image.size)))
-    picture = image.resize((image.width * zoom, image.height * zoom), Image.NEAREST)
-    font = ImageFont.load_default(max(12, max(picture.size) // 40))
+    picture, zoom, font = enlarged(image, side)
     categories = {category["id"]: category for category in c.categories}
     objects = sorted(prediction.get("objects", ()), key=lambda obj: obj["score"])
     objects = [obj for obj in objects if obj["score"] >= min_score]

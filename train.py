@@ -39,6 +39,7 @@ from model import (
     Device,
     FITConfig,
     ImageARConfig,
+    PanopticConfig,
     Pix2SeqConfig,
     RINConfig,
     UNetConfig,
@@ -117,6 +118,8 @@ LOSS = {
     "cap": token_loss,
     "gen": diffusion.denoising_loss,
     "ar": image_loss,
+    "pan": diffusion.denoising_loss,
+    "vps": diffusion.denoising_loss,
 }
 
 
@@ -196,25 +199,6 @@ def make_model(c, device):
     return device.place(model)
 
 
-class Average:
-    """The moving average of the weights. It forgets the first ones faster, as they are worth little
-    (the reference's starts from random ones). Without a decay, the weights themselves."""
-
-    def __init__(self, model, decay):
-        self.decay, self.model = decay, model
-        if decay:
-            self.model = copy.deepcopy(model).eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def update(self, model, step):
-        if self.decay:
-            weight = 1 - min(self.decay, (1 + step) / (10 + step))
-            ours, theirs = list(self.model.parameters()), list(model.parameters())
-            torch._foreach_lerp_(ours, theirs, weight)
-            for ours, theirs in zip(self.model.buffers(), model.buffers()):
-                ours.copy_(theirs)
-
-
 def learning_rate(step, o):
     """Learning rate of a step, counted from 0: a linear rise over warmup_steps, then a decay until
     `steps`. lr_schedule: linear | cosine | cosine@FRACTION (of the half wave) | exp@RATE | none."""
@@ -270,8 +254,8 @@ def prepare(c, device):
     )
     c = replace(c, optim=optim, categories=tuple(categories.values()))
     learning_rate(0, c.optim)
-    check = check_sequences if isinstance(c.model, Pix2SeqConfig) else check_generation
-    check(c, sources[first])
+    checks = {Pix2SeqConfig: check_sequences, PanopticConfig: check_maps}
+    checks.get(type(c.model), check_generation)(c, sources[first])
     for task in c.data.tasks:                          # errors are plainer here than from a worker
         data.TrainStream(sources[task], task, c, c.optim.seed)[0]
         data.make_source(c, "val", task)
@@ -355,6 +339,15 @@ def check_generation(c, source):
             f"num_classes is {c.model.num_classes}, but the data has {len(source.classes)} classes")
     if (d.pred_type == "x_softmax_xent") != (c.model.softmax_groups > 0):
         raise ValueError("pred_type x_softmax_xent and a UNet with softmax_groups belong together")
+
+
+def check_maps(c, source):
+    """ValueError if data and network do not fit each other."""
+    most = max(c.data.max_segments - 1, *(row["label"] for row in c.categories))
+    if c.diffusion.bits != "ids" or c.model.channels % 2 or most >> c.model.channels // 2:
+        raise ValueError(
+            f"bits is {c.diffusion.bits!r} and channels {c.model.channels}, expected 'ids' and "
+            f"twice the bits of {most}, the largest of all labels and ids")
 
 
 def worker_count(c):
@@ -461,6 +454,25 @@ def orthogonal(x):
         change = torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315)
         wide = torch.baddbmm(wide, change, wide, beta=3.4445)
     return wide if x.shape[1] <= x.shape[2] else wide.mT
+
+
+class Average:
+    """The moving average of the weights. It forgets the first ones faster, as they are worth little
+    (the reference's starts from random ones). Without a decay, the weights themselves."""
+
+    def __init__(self, model, decay):
+        self.decay, self.model = decay, model
+        if decay:
+            self.model = copy.deepcopy(model).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model, step):
+        if self.decay:
+            weight = 1 - min(self.decay, (1 + step) / (10 + step))
+            ours, theirs = list(self.model.parameters()), list(model.parameters())
+            torch._foreach_lerp_(ours, theirs, weight)
+            for ours, theirs in zip(self.model.buffers(), model.buffers()):
+                ours.copy_(theirs)
 
 
 def evaluate_run(model, c, device, step, done):
@@ -810,6 +822,7 @@ PUBLISHED_AP = {                                       # at 640, 1024 and 1333 p
     "resnet50": (39.1, 41.7, 42.6),
     "resnet50_c4": (44.7, 46.9, 47.3),
 }
+LONG = dict(log_every=100, eval_every=10_000, save_every=2_000)        # runs of days
 FINETUNE = dict(
     data="coco",
     bad_boxes="drop",
@@ -817,10 +830,8 @@ FINETUNE = dict(
     epochs=40,
     warmup_epochs=2,
     batch_size=32,
-    log_every=100,
-    eval_every=10_000,
-    save_every=2_000,
     eval_images=1000,
+    **LONG,
 )
 for size, published in PUBLISHED_AP.items():
     for side, ap in zip((640, 1024, 1333), published):
@@ -1010,6 +1021,133 @@ preset(
     image_channels=1,
 )
 
+# Panoptic masks, for two CPU cores.
+preset(
+    "pan_shapes",
+    "panoptic masks of drawn scenes, 64 px",
+    like="gen_shapes",
+    model=PanopticConfig(
+        image_size=(64, 64), encoder="vit", patch_size=4, enc_layers=2, enc_dim=96, enc_mlp=192,
+        enc_heads=4, drop_path=0.0, dropout=0.0, sample_size=(32, 32), channels=6, fuse_dim=32,
+        unet_dim=32, multipliers=(1, 2), res_blocks=(1, 1), transformer_layers=1,
+        transformer_dim=64, head_dim=32,
+    ),
+    tasks=("pan",),
+    bits="ids",
+    normalize_input=True,
+    b_scale=0.4,
+    pred_type="x_softmax_xent",
+    max_segments=8,
+    scale_min=1.0,
+    scale_max=1.0,
+    color_jitter=0.0,
+    guidance=0.0,
+    proxy_classifier=False,
+    sample_steps=20,
+    td=2.0,
+    min_pixels=4,
+    batch_size=16,
+    steps=1500,
+    low_noise_weight=1.0,
+    pictures=8,
+)
+preset(
+    "vps_shapes",
+    "panoptic masks of clips in which drawn shapes cross, leave and return, 64 px",
+    like="pan_shapes",
+    tasks=("vps",),
+    past_frames=2,
+)
+preset(
+    "pan_coco_tiny",
+    "panoptic masks, 256 px, to overfit a few images",
+    like="pan_shapes",
+    image_size=(256, 256),
+    patch_size=16,
+    sample_size=(128, 128),
+    channels=16,
+    data="coco",
+    max_segments=101,
+    batch_size=2,
+)
+
+# Panoptic masks as published, in two stages; 32 GPUs.
+preset(
+    "pan_coco_256",
+    "panoptic masks of COCO (2210.06366), 256 px, masks of 64 px: the first stage; 32 GPUs",
+    model=PanopticConfig(image_size=(256, 256), sample_size=(64, 64), time_scaling=1.0),
+    tasks=("pan",),
+    data="coco",
+    bits="ids",
+    b_scale=0.1,
+    pred_type="x_softmax_xent",
+    self_cond_rate=0.0,
+    max_segments=101,
+    scale_max=3.0,
+    scale_min=1.0,
+    color_jitter=1.0,
+    sample_steps=20,
+    td=1.0,
+    lr=1e-4,
+    end_lr_factor=0.1,
+    beta2=0.999,
+    clip_norm=1.0,
+    ema_decay=0.999,
+    batch_size=512,
+    epochs=800,
+    warmup_epochs=5,
+    **LONG,
+)
+preset(
+    "pan_coco_1024",
+    "the same with 1024 px, masks of 512 px: the second stage, --init_from the first; 16 GPUs",
+    result=f"{NOT_RUN}; published PQ 50.3",
+    like="pan_coco_256",
+    image_size=(1024, 1024),
+    sample_size=(512, 512),
+    scale_max=1.0,
+    color_jitter=0.0,
+    lr=1e-5,
+    batch_size=16,
+    epochs=15,
+    warmup_epochs=0,
+)
+preset(
+    "pan_cityscapes",
+    "Cityscapes, 1024 x 2048 px, in COCO's panoptic format, --init_from pan_coco_256; 16 GPUs",
+    result=f"{NOT_RUN}; published PQ 64.0",
+    like="pan_coco_1024",
+    image_size=(1024, 2048),
+    sample_size=(512, 1024),
+    epochs=50,
+)
+preset(
+    "vps_kitti_step",
+    "KITTI-STEP, 384 x 1248 px, --init_from pan_coco_1024; 32 GPUs",
+    like="pan_coco_1024",
+    tasks=("vps",),
+    data="kitti_step",
+    image_size=(384, 1248),
+    sample_size=(192, 624),
+    past_frames=2,
+    max_segments=256,
+    end_lr_factor=1.0,
+    ema_decay=0.99,
+    batch_size=32,
+    epochs=0,
+    steps=50_000,
+)
+preset(
+    "vps_davis",
+    "DAVIS 2017, unsupervised, 512 x 1024 px, --init_from pan_coco_1024; 32 GPUs",
+    result=f"{NOT_RUN}; published J&F 68.4",
+    like="vps_kitti_step",
+    data="davis",
+    image_size=(512, 1024),
+    sample_size=(256, 512),
+    max_segments=16,
+)
+
 # Generation as published. LAMB leaves biases and norms without decay and scaling.
 preset(
     "gen_cifar10_rin",
@@ -1034,10 +1172,8 @@ preset(
     batch_size=256,
     warmup_steps=10_000,
     steps=150_000,
-    log_every=100,
-    eval_every=10_000,
-    save_every=2_000,
     pictures=64,
+    **LONG,
 )
 preset(
     "gen_cifar10_unet",
@@ -1055,10 +1191,8 @@ preset(
     batch_size=128,
     warmup_steps=10_000,
     steps=1_000_000,
-    log_every=100,
-    eval_every=10_000,
-    save_every=2_000,
     pictures=64,
+    **LONG,
 )
 for code in ("uint8", "uint8_s"):
     preset(

@@ -408,7 +408,7 @@ def test_training_on_one_batch_lowers_the_loss_and_the_network_samples(name):
     cond = {"labels": torch.arange(8) % 5}
     if config.cond_frames:
         cond["frames"] = pixels[:, :, :config.cond_frames]
-    batch = SimpleNamespace(targets=pixels, weights=torch.ones(8), cond=cond)
+    batch = SimpleNamespace(images=None, targets=pixels, weights=torch.ones(8), cond=cond)
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=2e-3), []
     for _ in range(30):
         generator = torch.Generator().manual_seed(1)    # always the same noise

@@ -182,6 +182,20 @@ def test_grey_becomes_three_colours_and_clips_become_frames(saved):
     assert np.allclose(network.features(grey.reshape(2, 3, 8, 8, 1))[0], features)
 
 
+class OfClips(torch.nn.Module):
+    """Called as StyleGAN-V's I3D: anything but that gives zeros."""
+    def forward(self, clips, rescale: bool = False, resize: bool = False,
+                return_features: bool = False):
+        assert clips.dtype == torch.float32
+        return clips.mean((3, 4)).flatten(1) * float(rescale and resize and return_features)
+
+
+def test_clips_have_features_as_wholes(saved):
+    clips = images(20).reshape(5, 4, 8, 8, 3)
+    features, _ = eval.I3D(saved(OfClips()), CPU).features(clips)
+    assert np.allclose(features, clips.mean((2, 3)).transpose(0, 2, 1).reshape(5, 12))
+
+
 def test_networks_are_told_apart_by_their_files(saved):
     one, same, other = (eval.Inception(saved(k()), CPU) for k in (FeaturesOnly, FeaturesOnly, Pair))
     assert one.key == same.key != other.key

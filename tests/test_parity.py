@@ -8,6 +8,8 @@ import glob
 import json
 import math
 import os
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +23,8 @@ from model import (
     FITConfig,
     ImageAR,
     ImageARConfig,
+    Panoptic,
+    PanopticConfig,
     Pix2Seq,
     Pix2SeqConfig,
     RINConfig,
@@ -36,6 +40,7 @@ from model import (
     to_patches,
     token_losses,
 )
+from sample import Config, configured
 from tokenizer import Vocab
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -83,8 +88,8 @@ def channels_last(x):
 # --------------------------------------------------------------------------------------------------
 # sequences
 
-def pix2seq_config(c):
-    """The reference's option names -> ours."""
+def encoder_fields(c):
+    """The reference's option names of an encoder -> ours."""
     other = {}
     if "layers" in c:
         other = dict(
@@ -102,7 +107,7 @@ def pix2seq_config(c):
             resnet_depth=c["resnet_depth"],
             resnet_width=c["resnet_width_multiplier"],
         )
-    return Pix2SeqConfig(
+    return dict(
         **other,
         image_size=tuple(c["image_size"]),
         patch_size=c["patch_size"],
@@ -112,6 +117,15 @@ def pix2seq_config(c):
         enc_heads=c["num_heads"],
         pos_encoding=c["pos_encoding"],
         cls_token=c["use_cls_token"],
+        drop_path=c["drop_path"],
+        dropout=c["drop_units"],
+        att_dropout=c["drop_att"],
+    )
+
+
+def pix2seq_config(c):
+    return Pix2SeqConfig(
+        **encoder_fields(c),
         projection=c["dec_proj_mode"],
         dec_layers=c["num_decoder_layers"],
         dec_dim=c["dim_att_dec"],
@@ -122,9 +136,6 @@ def pix2seq_config(c):
         max_seq_len=c["max_seq_len"],
         shared_embedding=c["shared_decoder_embedding"],
         output_bias=c["decoder_output_bias"],
-        drop_path=c["drop_path"],
-        dropout=c["drop_units"],
-        att_dropout=c["drop_att"],
     )
 
 
@@ -439,6 +450,103 @@ def check_unet(g):
     g.check("out:x_out", channels_last(out))
 
 
+def panoptic_config(c):
+    """The reference's option names -> ours."""
+    model, decoder, video = c["model"], c["decoder"], "proceeding_frames" in c["task"]
+
+    def numbers(name):
+        return tuple(int(number) for number in str(decoder[name]).split(","))
+
+    return PanopticConfig(
+        **encoder_fields(model),
+        sample_size=tuple(model["msize"]),
+        channels=c["task"]["n_bits_label"],
+        self_cond=model["self_cond"],
+        softmax_groups=decoder["outp_softmax_groups"],
+        unet_dim=decoder["dim"],
+        multipliers=numbers("ch_multipliers"),
+        res_blocks=numbers("n_res_blocks"),
+        kernel_sizes=numbers("kernel_sizes"),
+        attention_at=numbers("mhsa_resolutions"),
+        head_dim=decoder["per_head_dim"],
+        transformer_layers=decoder["transformer_blocks"],
+        transformer_dim=decoder["transformer_dim"],
+        transformer_stride=decoder["transformer_strides"],
+        transformer_position=decoder["u_pos_encoding"] or "none",
+        in_stride=decoder["in_strides"],
+        in_kernel=decoder["in_kernel_size"],
+        out_kernel=decoder["out_kernel_size"],
+        time_scaling=model["time_scaling"],
+        unet_dropout=decoder["udrop"],
+        past_frames=len(c["task"].get("proceeding_frames", "").split(",")) if video else 0,
+        fuse_dim=model["enc_fuse_dim"],
+        image_condition=model["conditional"],
+    )
+
+
+def check_panoptic(g):
+    video, r = "in:frames" in g.npz, g.config["model"]
+    network = Panoptic(panoptic_config(g.config)).eval()
+    load_reference_weights(network, g.weights)
+    c = configured(Config(model=network.config), SimpleNamespace(
+        bits="ids", b_scale=r["b_scale"], pred_type=r["pred_type"],
+        normalize_input=r["normalize_noisy_input"],
+        train_schedule=r["train_schedule"], sample_schedule=r["infer_schedule"], td=r["td"],
+        sampler=r["sampler"], sample_steps=r["iterations"], later_steps=r.get("iterations_2", 0),
+        max_segments=g.config["task"].get("max_instances_per_image", 100)))
+    classes = g.config.get("dataset", {}).get("num_classes", 134)           # COCO's, and 0
+    c = replace(c, categories=({},) * (classes - 1))
+    d, maps = c.diffusion, channels_first(g["in:label_map"]).long()         # (B, 2, H, W)
+
+    def to_bits(maps):
+        return diffusion.ints_to_bits(maps, 8, d.b_scale)
+
+    x0, weight = to_bits(maps), diffusion.instance_weights(maps[:, 1], r["mask_weight_p"])
+    g.check("out:bits", channels_last(x0), tolerance=0)
+    g.check("out:pixel_weight", weight)
+    images, past = g["in:frames"][-1] if video else g["in:image"], None
+    if video:
+        past = to_bits(channels_first(g["in:past_maps"]))
+        g.check("out:cond_bits", channels_last(past), tolerance=0)
+    with torch.no_grad():
+        cond = network.encode(channels_first(images), past)
+    g.check("out:encoded_cat", channels_last(cond["map"][:, :network.cond_dim]), tolerance=2e-3)
+    g.check("out:encoded", cond["context"], tolerance=2e-3)
+
+    eps = channels_first(g["in:noise"])
+    gamma = diffusion.gamma_schedule(d.train_schedule)(g["in:t"])
+    x_t = diffusion.add_noise(x0, gamma, eps)
+    g.check("out:gamma", gamma.view(-1, 1, 1, 1))
+    g.check("out:noised", channels_last(x_t))
+    with torch.no_grad():
+        pred, _ = network(x_t, gamma, images=channels_first(images), past=past)
+    groups = network.config.softmax_groups
+    if "out:logits" in g.npz:
+        logits = pred.unflatten(1, (groups, -1))        # (B, groups, 256, H, W)
+        g.check("out:logits", logits.permute(0, 3, 4, 1, 2), tolerance=2e-3)
+    g.check("out:bits_pred", channels_last(diffusion.expected_bits(pred, c)), tolerance=2e-3)
+    losses = diffusion.diffusion_loss(
+        pred, d.pred_type, x0, eps, gamma, d.b_scale, groups, weight)
+    g.check("out:loss", losses.mean(), tolerance=2e-3)
+    if not video:
+        s = c.sampling
+        bits = diffusion.sample(
+            diffusion.as_denoiser(network, c), eps, s.sample_steps, schedule=s.sample_schedule,
+            sampler=s.sampler, pred_type=d.pred_type, cond=cond, td=s.td, b_scale=d.b_scale)
+        g.check("out:sampled", channels_last(bits), tolerance=2e-3)
+        read = diffusion.bits_to_panoptic(
+            channels_first(g["out:sampled"]), classes, c.data.max_segments)
+        g.check("out:panoptic_map", channels_last(read))
+        return
+    frames, noise = (g[key].movedim(-1, 2) for key in ("in:frames", "in:sample_noise"))
+    ours = diffusion.generate_maps(network, c, frames.transpose(0, 1), noise=noise)
+    differ = ours.permute(1, 0, 3, 4, 2) != g["out:video_maps"]             # (T, B, H, W, 2)
+    wrong = differ.any(-1).float().mean()
+    # Bits near zero flip.
+    assert wrong <= 0.01, f"out:video_maps: {wrong:.4f} of the pixels differ"
+    g.unchecked.discard("out:video_maps")
+
+
 # --------------------------------------------------------------------------------------------------
 # diffusion
 
@@ -499,6 +607,7 @@ CHECKS = {
     "image_ar": check_image_ar,
     "fit_denoiser": check_fit,
     "unet": check_unet,
+    "panoptic": check_panoptic,
     "diffusion": check_diffusion,
     "bits": check_bits,
 }

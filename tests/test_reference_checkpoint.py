@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_parity import FOLDER, Golden, channels_first, pix2seq_config, rin_config
+from test_parity import (
+    FOLDER,
+    Golden,
+    channels_first,
+    panoptic_config,
+    pix2seq_config,
+    rin_config,
+)
 
 import data
 import model as m
@@ -18,6 +25,7 @@ import sample
 from model import (
     RIN,
     Device,
+    Panoptic,
     Pix2Seq,
     Pix2SeqConfig,
     RINConfig,
@@ -346,6 +354,31 @@ def test_a_denoiser_is_converted_with_its_averaged_weights(tmp_path, fake_tensor
         assert torch.equal(w, expected.state_dict()[name]), name
     labels = [row["label"] for row in content["config"]["categories"]]
     assert labels == list(range(config.num_classes))
+
+
+def test_a_panoptic_network_is_converted_whole_and_its_labels_count_the_categories(
+        tmp_path, fake_tensorflow):
+    g = golden("panoptic")
+    averaged = {name.replace("model/", "model/encoder_ema/"): w for name, w in g.weights.items()
+                if name.startswith("model/encoder/")}
+    averaged = {name.replace("/encoder_ema/encoder/", "/encoder_ema/"): w
+                for name, w in averaged.items()}
+    last = {name: w + 1 if name.startswith("model/encoder/") else w
+            for name, w in g.weights.items()}
+    write_fake(tmp_path, last | averaged)
+    c = Config(panoptic_config(g.config))
+    expected = Panoptic(c.model)
+    load_reference_weights(expected, g.weights)
+    file = tmp_path / "panoptic.json"
+    file.write_text(json.dumps({"categories": [
+        {"id": 92, "name": "sky", "isthing": 0}, {"id": 3, "name": "cat", "isthing": 1}]}))
+    content = convert(str(tmp_path), c, [str(file)])
+    for name, w in content["model"].items():
+        assert torch.equal(w, expected.state_dict()[name]), name
+    assert content["config"]["categories"] == (
+        {"id": 3, "name": "cat", "isthing": 1, "label": 1},
+        {"id": 92, "name": "sky", "isthing": 0, "label": 2})
+    assert len(convert(str(tmp_path), c)["config"]["categories"]) == 133
 
 
 def test_converting_from_the_command_line(tmp_path, fake_tensorflow, monkeypatch, capsys):

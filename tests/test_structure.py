@@ -49,9 +49,9 @@ def test_every_table_has_a_row_for_every_task():
         data.EXAMPLES, data.COLLATE, train.LOSS, sample.PREDICT, eval.SCORE, data.SOURCES,
         sample.SHOW, sample.PICTURE, eval.ITEMS, eval.WRITE, train.BENCH)
     for table in tables:
-        assert set(table) == {"det", "seg", "kpt", "cap", "gen", "ar"}
+        assert set(table) == {"det", "seg", "kpt", "cap", "gen", "ar", "pan", "vps"}
     assert set(train.LENGTHS) == set(model.Pix2SeqConfig.TASKS)
-    assert set(eval.TRUTH) == set(model.Pix2SeqConfig.TASKS)
+    assert set(eval.TRUTH) == {*model.Pix2SeqConfig.TASKS, *model.PanopticConfig.TASKS}
     for _, config in model.NETWORKS.values():
         assert set(config.TASKS) <= set(table)
 
