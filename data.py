@@ -63,7 +63,7 @@ class DataConfig:
     max_objects: int = 100              # det: most objects in a sequence, noise boxes counted
     scale_min: float = 0.3              # det, cap: scale jitter, smallest image / canvas
     scale_max: float = 2.0              # det, cap: scale jitter, largest
-    flip: bool = True                   # det, seg, gen: mirror half of the images
+    flip: bool = True                   # det, seg, gen, pan, vps: mirror half of the images
     noise_boxes: bool = True            # det: fill sequences up with noise boxes
     noise_weight: float = 1.0           # det: loss weight of the class of a noise box
     pad_weight: float = 0.1             # det: loss weight of padding, of ending the sequence

@@ -483,6 +483,20 @@ def test_a_full_map_is_as_large_as_its_image_and_keeps_large_instances():
     assert np.array_equal(sample.read_map(sample.as_png(full)), [full >> 8, full & 255])
 
 
+@pytest.mark.parametrize("frames", [1, 3])
+def test_truth_as_prediction_is_perfect_where_masks_are_as_large_as_images(frames):
+    c = recipe(
+        replace(TINY, image_size=(64, 64), sample_size=(64, 64)), min_pixels=0, max_segments=8)
+    source = ShapeMaps("val", 64, frames=frames, count=6)
+    c = replace(c, categories=tuple(source.categories))
+    records = [source[i] for i in range(6)]
+    said = dict(enumerate(eval.true_maps(None, sample.Inputs(records, c), c)))
+    assert eval.score_maps(said, source, c)["PQ"] == pytest.approx(1, abs=1e-12)
+    if frames > 1:
+        scores = eval.score_clips(said, source, c)
+        assert [scores[key] for key in ("STQ", "J&F")] == pytest.approx([1, 1], abs=1e-12)
+
+
 # --------------------------------------------------------------------------------------------------
 # runs
 
