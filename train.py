@@ -322,32 +322,39 @@ def check_sequences(c, source):
 
 def check_generation(c, source):
     """ValueError if data, recipe and network do not fit each other."""
-    d, channels = c.diffusion, c.data.image_channels * diffusion.RGB_CODES.get(c.diffusion.bits, 1)
-    for schedule in (d.train_schedule, c.sampling.sample_schedule):
-        diffusion.gamma_schedule(schedule)
-    diffusion.check_choice(d.pred_type, diffusion.PRED_TYPES, "pred_type")
-    diffusion.check_choice(c.sampling.sampler, diffusion.SAMPLERS, "sampler")
-    diffusion.check_choice(d.bits, ("", *diffusion.RGB_CODES), "bits")
-    if not 1 <= d.low_noise_weight < math.inf:         # nor is NaN
-        raise ValueError(f"low_noise_weight is {d.low_noise_weight}, expected at least 1")
+    check_diffusion(c)
+    bits, classes = c.diffusion.bits, len(source.classes)
+    diffusion.check_choice(bits, ("", *diffusion.RGB_CODES), "bits")
+    channels = c.data.image_channels * diffusion.RGB_CODES.get(bits, 1)
     if c.model.channels != channels:
         raise ValueError(
             f"channels is {c.model.channels}, but image_channels={c.data.image_channels} with "
-            f"bits={d.bits!r} are {channels}")
-    if c.model.num_classes not in (0, len(source.classes)):
+            f"bits={bits!r} are {channels}")
+    if c.model.num_classes not in (0, classes):
         raise ValueError(
-            f"num_classes is {c.model.num_classes}, but the data has {len(source.classes)} classes")
-    if (d.pred_type == "x_softmax_xent") != (c.model.softmax_groups > 0):
-        raise ValueError("pred_type x_softmax_xent and a UNet with softmax_groups belong together")
+            f"num_classes is {c.model.num_classes}, but the data has {classes} classes")
 
 
 def check_maps(c, source):
-    """ValueError if data and network do not fit each other."""
+    """ValueError if data, recipe and network do not fit each other."""
+    check_diffusion(c)
     most = max(c.data.max_segments - 1, *(row["label"] for row in c.categories))
     if c.diffusion.bits != "ids" or c.model.channels % 2 or most >> c.model.channels // 2:
         raise ValueError(
             f"bits is {c.diffusion.bits!r} and channels {c.model.channels}, expected 'ids' and "
             f"twice the bits of {most}, the largest of all labels and ids")
+
+
+def check_diffusion(c):
+    d = c.diffusion
+    for schedule in (d.train_schedule, c.sampling.sample_schedule):
+        diffusion.gamma_schedule(schedule)
+    diffusion.check_choice(d.pred_type, diffusion.PRED_TYPES, "pred_type")
+    diffusion.check_choice(c.sampling.sampler, diffusion.SAMPLERS, "sampler")
+    if not 1 <= d.low_noise_weight < math.inf:         # nor is NaN
+        raise ValueError(f"low_noise_weight is {d.low_noise_weight}, expected at least 1")
+    if (d.pred_type == "x_softmax_xent") != (c.model.softmax_groups > 0):
+        raise ValueError("pred_type x_softmax_xent and a UNet with softmax_groups belong together")
 
 
 def worker_count(c):
