@@ -1150,14 +1150,14 @@ class ShapeMaps(Drawn):
             draw_polygons(numbers, moved, range(1, count + 1))
             images.append(draw_scene(moved, ground))
             maps.append(np.asarray(numbers)[2::4, 2::4])
-        label_of = {row["name"]: row["label"] for row in self.categories}
-        kinds = [*(shape.kind for shape in shapes), stuff]
+        names, kinds = [*KINDS, *GROUNDS], [*(shape.kind for shape in shapes), stuff]
         return {
             "images": images,
             "id": i + 1,
             "name": f"{i + 1:06}",
             "maps": np.stack(maps).astype(np.int32),
-            "segments": {n: {"category_id": label_of[kind]} for n, kind in enumerate(kinds, 1)},
+            "segments": {
+                n: {"category_id": 1 + names.index(kind)} for n, kind in enumerate(kinds, 1)},
         }
 
 
@@ -1519,9 +1519,11 @@ def coco_maps(json_path, masks, image_dir=None, past=0, videos=False, truth_json
     of_image, segments, clips = {a["image_id"]: a for a in truth["annotations"]}, {}, {}
     for image in truth["images"]:
         annotation = of_image[image["id"]]
-        path, name = f"{masks}/{annotation['file_name']}", os.path.splitext(image["file_name"])[0]
-        clip_id = name = name.partition("_")[0] if videos else name
-        clip = clips.setdefault(name, (clip_id if videos else image["id"], name, [], []))
+        path, clip_id = f"{masks}/{annotation['file_name']}", image["id"]
+        name = os.path.splitext(image["file_name"])[0]
+        if videos:
+            clip_id = name = name.partition("_")[0]
+        clip = clips.setdefault(clip_id, (clip_id, name, [], []))
         if image_dir is not None:
             clip[2].append(f"{image_dir}/{image['file_name']}")
         clip[3].append(path)

@@ -285,7 +285,7 @@ def generate(network, c, count, cond=None, generator=None, callback=None, noise=
 
     cond:     like Batch.cond on the device: labels (count,), -1 for none, and context frames; or
               what Panoptic.encode returned
-    callback: callback(i, pixels) sees every estimate
+    callback: callback(pixels) sees the noise, and then every estimate
     noise:    to begin with; drawn, if None
     """
     s, device = c.sampling, next(network.parameters()).device
@@ -294,8 +294,10 @@ def generate(network, c, count, cond=None, generator=None, callback=None, noise=
         noise = torch.randn(count, *c.model.sample_shape, generator=generator, device=device)
 
     def show(i, x0, x_t):
-        callback(i, x0_to_pixels(x0, c))
+        callback(x0_to_pixels(x0, c))
 
+    if callback:
+        show(-1, noise, noise)
     x0 = sample(
         as_denoiser(network, c),
         noise,
@@ -633,7 +635,7 @@ def generate_maps(network, c, frames, generator=None, noise=None, callback=None)
     with the maps of the frames before as its condition, if the network takes such.
 
     frames:   float (B, T, 3, H, W) in [0, 1]; noise: (T, B, bits, h, w), or None to draw it
-    callback: callback(frame, i, map (B, 2, h, w)) sees every estimate
+    callback: callback(frame, map (B, 2, h, w)) sees the noise, and then every estimate
     Returns uint8 (B, T, 2, h, w): class and instance id of each pixel.
     """
     m, maps, later = c.model, [], c.sampling.later_steps or c.sampling.sample_steps

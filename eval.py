@@ -328,17 +328,17 @@ def panoptic_quality(pairs, categories):
             counts = match_segments(frames[0], truth["segments"], frames[1], found["segments"])
             for category, numbers in counts.items():
                 totals[category] += numbers
-    scores = {}
+    scores, metrics = {}, {}
     for category, (iou, right, wrong, missed) in totals.items():
         if right + wrong + missed:
-            quality = right / (right + wrong / 2 + missed / 2)
-            scores[category] = iou / max(right, 1) * quality, iou / max(right, 1), quality
+            segmentation, recognition = iou / max(right, 1), right / (right + (wrong + missed) / 2)
+            scores[category] = segmentation * recognition, segmentation, recognition
     things = {row["label"] for row in categories if row["isthing"]}
-    metrics = {}
-    for name, chosen in (("", set(scores)), ("_things", things), ("_stuff", set(totals) - things)):
+    groups = {"": totals, "_things": things, "_stuff": totals.keys() - things}
+    for name, chosen in groups.items():
         rows = [scores[category] for category in chosen if category in scores]
-        means = np.mean(rows or [(0.0, 0.0, 0.0)], 0)
-        metrics |= {kind + name: float(x) for kind, x in zip(("PQ", "SQ", "RQ"), means)}
+        means = np.mean(rows or [(0.0, 0.0, 0.0)], 0).tolist()
+        metrics |= {kind + name: mean for kind, mean in zip(("PQ", "SQ", "RQ"), means)}
     names = {row["label"]: row["name"].replace(" ", "_") for row in categories}
     return metrics | {f"PQ_{names[k]}": float(quality) for k, (quality, *_) in scores.items()}
 

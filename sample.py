@@ -100,7 +100,7 @@ class Inputs:
     levels:    gen: times t at which the loss on the records' own pixels is taken, too; ar: if any,
                their bits
     rows:      ar: the upper rows of the records' own pixels that are given
-    callback:  gen: callback(i, pixels) sees the estimate of each sampling step
+    callback:  of diffusion.generate, or generate_maps
     """
     records: list
     c: Config
@@ -712,7 +712,7 @@ def show_samples(model, c, tasks, args, generator):
     for first in range(0, count, 64):
         part = Inputs(records[first:first + 64], c, generator=generator, rows=rows)
         if args.strip and first == 0:
-            part.callback = lambda i, pixels: steps.append(pixels[:8].movedim(1, -1).cpu().numpy())
+            part.callback = lambda pixels: steps.append(pixels[:8].movedim(1, -1).cpu().numpy())
         predictions += predict(model, part, c, tasks)
     if args.complete:                                  # first what the model was given
         predictions.insert(0, {"pixels": pixels})
@@ -758,7 +758,7 @@ def show_maps(model, c, tasks, args, generator):
     for record in records:
         inputs = Inputs([record], c, generator=generator)
         if args.strip and not firsts:
-            inputs.callback = lambda n, i, maps: n or steps.append(paint(maps[0].cpu().numpy()))
+            inputs.callback = lambda n, maps: n or steps.append(paint(maps[0].cpu().numpy()))
         predictions[record["name"]] = said = predict(model, inputs, c, tasks)[0]
         drawn = draw_maps(record["images"], map(read_map, said["maps"]), c)
         pictures.append(data.save_film(drawn, f"{args.out}/{record['name']}"))
