@@ -562,8 +562,8 @@ def softmax_xent(logits, x0, groups):
     n_bits = x0.shape[1] // groups
     targets = bits_to_ints(x0, n_bits)                 # (B, groups, ...)
     logits = logits.unflatten(1, (groups, -1))         # (B, groups, 2^k, ...)
-    logits = logits.transpose(1, 2)                    # (B, 2^k, groups, ...)
-    return F.cross_entropy(logits, targets, reduction="none")
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(0, 1), reduction="none")
+    return losses.view(targets.shape)
 
 
 # --------------------------------------------------------------------------------------------------
