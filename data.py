@@ -69,6 +69,7 @@ class DataConfig:
     pad_weight: float = 0.1             # det: loss weight of padding, of ending the sequence
     max_instances: int = 10             # seg: objects to learn from an image
     max_segments: int = 100             # pan, vps: ids of instances, 0 for none included
+    random_ids: bool = True             # pan, vps: number instances anew each time they are seen
     clip_frames: int = 16               # vps, shapes: frames of a clip
     past_drop: float = 0.2              # vps: probability that an earlier frame's map is hidden
     max_points: int = 128               # seg: points of an object's polygons
@@ -618,8 +619,9 @@ def map_example(record, c, rng):
 def id_maps(record, view, c, rng):
     """Of each pixel of the masks of a record's frames the class, the instance's id, and whether it
     is known what is right, uint8 (T, 3, h, w): not where there is no class, a crowd, or an instance
-    too many. Ids are random, those of stuff, too, and the same in all frames (2210.06366)."""
-    most = c.data.max_segments - 1
+    too many. Ids are random, those of stuff, too, and the same in all frames (2210.06366); without
+    random_ids always the same."""
+    most, rng = c.data.max_segments - 1, rng if c.data.random_ids else np.random.default_rng(0)
     view, frames = on_canvas(view, c.model.sample_size), map(Image.fromarray, record["maps"])
     numbers = np.stack([view.image(frame, Image.NEAREST) for frame in frames])
     present, places = np.unique(numbers, return_inverse=True)
@@ -1939,18 +1941,12 @@ def save_film(pictures, stem, ms=150):
     return f"{stem}.gif"
 
 
-def show_items(source, key, count, columns, path):
-    pixels = np.stack([source[i][key] for i in range(count)])
-    print("wrote", save_grid(pixels, os.path.splitext(path)[0], columns))
-
-
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("--export", metavar="DIR", help="write shapes there in COCO's layout")
-    add("--sheet", metavar="FILE", help="write a picture of the first 32 held-out scenes, a .png")
-    add("--clips", metavar="FILE", help="write 16 held-out clips, a .gif")
+    add("--sheet", metavar="FILE", help="draw 32 held-out scenes, a .png, or clips, a .gif")
     add("--count", type=int, default=1000, help="training scenes to export, with 500 held-out ones")
     add("--size", type=int, default=64, help="side of a scene or clip in pixels")
     add("--seed", type=int, default=0, help="dataset seed")
@@ -1962,12 +1958,12 @@ def main():
         export_shapes(args.export, args.count, args.size, args.seed, args.format)
         print(f"wrote {args.export}; next: python train.py --data=coco --data_dir={args.export}")
     if args.sheet:
-        scenes = Shapes("val", args.size, seed=args.seed)
-        show_items(scenes, "image", 32, 8, args.sheet)
-    if args.clips:
-        clips = ShapeClips("val", args.size, 16, args.seed)
-        show_items(clips, "pixels", 16, 4, args.clips)
-    if not (args.export or args.sheet or args.clips):
+        stem, ending = os.path.splitext(args.sheet)
+        source, key = Shapes("val", args.size, seed=args.seed), "image"
+        if ending == ".gif":
+            source, key = ShapeClips("val", args.size, 16, args.seed), "pixels"
+        print("wrote", save_grid(np.stack([source[i][key] for i in range(32)]), stem))
+    if not (args.export or args.sheet):
         parser.print_help()
 
 

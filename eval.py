@@ -963,10 +963,8 @@ def real_statistics(network, train, c, count, folder=""):
 # command line
 
 @dataclass(frozen=True)
-class EvalOptions:
+class EvalOptions(sample.Options):
     """What eval.py is asked for."""
-    ckpt: str = ""                      # checkpoint or folder of a run; empty: the newest run
-    task: str = "all"                   # some of det,seg,kpt,cap, or gen; all: all that it knows
     split: str = "val"                  # val, train, or test: where recipes are not chosen
     boxes: str = ""                     # of seg and kpt: own detections, truth, or a results file
     limit: int = 0                      # only so many items of the split; 0: all
@@ -977,8 +975,6 @@ class EvalOptions:
     truth_masks: str = ""               # its PNGs; of results of videos their folder
     batch_size: int = 16                # items at a time
     workers: int = min(4, (os.cpu_count() or 1) - 1)        # processes that load data
-    seed: int = 0                       # of sampling
-    device: str = "auto"                # auto, cuda, mps or cpu
     dtype: str = "float32"              # float32 or bfloat16
     out: str = ""                       # start of the names of the files; empty: the checkpoint's
 

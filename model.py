@@ -2012,12 +2012,12 @@ def load_weights(model, weights, names=None):
 @torch.no_grad()
 def adapt_weights(weights, model, adapt=False, grid=None):
     """Fits weights of the same network at another image size, sequence length or size of the
-    vocabulary to `model`.
+    vocabulary, or without earlier maps as condition, to `model`.
 
     weights: {our name: tensor}
     adapt:   False refuses what does not fit as it is. True interpolates learned positions of the
              image on their grid (bicubic), and cuts tables of the sequence's positions and of the
-             vocabulary, or extends them by the rows that the model has.
+             vocabulary, or extends them by the rows that the model has; earlier maps weigh nothing.
     grid:    (rows, columns) of the learned image positions in the weights; None: as the model's, or
              else square
     Returns the weights and a line about each that was changed. ValueError that names each, if not
@@ -2026,9 +2026,15 @@ def adapt_weights(weights, model, adapt=False, grid=None):
     weights, notes = dict(weights), []
     for name, ours in model.state_dict().items():
         w = weights.get(name)
-        if w is None or w.shape[1:] != ours.shape[1:]:
+        if w is None:
             continue
-        if name in ("encoder.position.code", "proj_position.code"):
+        extra = ours.shape[1] - w.shape[1] if name == "denoiser.conv_in.weight" else 0
+        if extra > 0:
+            notes.append(f"{name}: {extra} channels more, of earlier maps, begin at zero")
+            w = F.pad(w, (0, 0, 0, 0, 0, extra))
+        elif w.shape[1:] != ours.shape[1:]:
+            continue
+        elif name in ("encoder.position.code", "proj_position.code"):
             new, side = model.encoder.grid, math.isqrt(len(w))
             old = grid or (new if len(w) == len(ours) else (side, side))
             if math.prod(old) != len(w):

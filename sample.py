@@ -586,17 +586,22 @@ def pick_tasks(text, c):
 
 
 @dataclass(frozen=True)
-class SampleOptions:
-    """What sample.py is asked for."""
+class Options:
+    """What sample.py and eval.py are asked for."""
     ckpt: str = ""                      # checkpoint or folder of a run; empty: the newest run
-    task: str = "all"                   # some of det,seg,kpt,cap, or gen; all: all that it knows
+    task: str = "all"                   # some of det,seg,kpt,cap, or one; all: all that it knows
+    seed: int = 0                       # of sampling
+    device: str = "auto"                # auto, cuda, mps or cpu
+
+
+@dataclass(frozen=True)
+class SampleOptions(Options):
+    """What sample.py is asked for."""
     count: int = 0                      # held-out items to show (0: 8), or samples (0: 64)
     min_score: float = 0.3              # leave out objects below this score
     attention: bool = False             # also draw the attention of each object's tokens
     strip: bool = False                 # gen: also draw the way from noise to sample
     complete: str = ""                  # ar: an image file whose lower half is to be written anew
-    seed: int = 0                       # of sampling
-    device: str = "auto"                # auto, cuda, mps or cpu
     out: str = "samples"                # folder for the pictures
 
 
@@ -694,8 +699,7 @@ def show_samples(model, c, tasks, args, generator):
     if args.complete and "ar" not in tasks or args.strip and "gen" not in tasks:
         raise ValueError("--complete is for a model that writes pixels, --strip for a denoiser")
     names = [category["name"] for category in c.categories] if c.model.num_classes else []
-    count = args.count or 64
-    records = sample_records(c, count)
+    records = sample_records(c, args.count or 64)
     rows = half_of_groups(c.model) if args.complete else 0
     if args.complete:
         pixels = data.fit_image(args.complete, c.model.sample_size)
@@ -709,7 +713,7 @@ def show_samples(model, c, tasks, args, generator):
         for record in records:
             record["label"] = names.index(args.class_name)
     steps, predictions = [], []
-    for first in range(0, count, 64):
+    for first in range(0, len(records), 64):
         part = Inputs(records[first:first + 64], c, generator=generator, rows=rows)
         if args.strip and first == 0:
             part.callback = lambda pixels: steps.append(pixels[:8].movedim(1, -1).cpu().numpy())
@@ -729,7 +733,7 @@ def show_samples(model, c, tasks, args, generator):
         film = data.save_grid(film, f"{args.out}/denoising", columns=4, ms=80)
         pictures.append(film)
     classes = [names[record["label"]] for record in records] if names else None
-    made = {"pictures": pictures, "samples": count, "seed": args.seed, "classes": classes}
+    made = {"pictures": pictures, "samples": len(records), "seed": args.seed, "classes": classes}
     return made | asdict(c.sampling)
 
 
@@ -740,11 +744,11 @@ def half_of_groups(m):
 
 
 def sample_records(c, count):
-    """Records to generate from: labels in turn; a network that goes on from context frames gets
-    held-out clips, any other none of the data: their pixels are black."""
-    if c.model.cond_frames:
+    """Records to generate from: held-out ones for a network that sees images or context frames, if
+    there are so many; for any other labels in turn, and black pixels."""
+    if c.model.cond_frames or "pan" in c.model.TASKS:
         source = data.make_source(c, "val", c.data.tasks[0])
-        return [dict(source[i % len(source)]) for i in range(count)]
+        return [dict(source[i]) for i in range(min(count, len(source)))]
     shape = (*c.model.sample_shape[1:], c.data.image_channels)
     labels = np.arange(count) % max(len(c.categories), 1)
     return [{"pixels": np.zeros(shape, np.uint8), "label": int(label)} for label in labels]
@@ -753,7 +757,8 @@ def sample_records(c, count):
 def show_maps(model, c, tasks, args, generator):
     """Panoptic maps drawn over images, and as PNGs and JSON in COCO's format; of clips, GIFs. With
     --strip also how the map of the first image comes out of noise."""
-    records = [read_clip(path, tasks[0]) for path in args.images] or held_out_maps(c, args.count)
+    records = [read_clip(path, tasks[0]) for path in args.images]
+    records = records or sample_records(c, args.count or 8)
     predictions, pictures, firsts, steps = {}, [], [], []
     for record in records:
         inputs = Inputs([record], c, generator=generator)
@@ -769,11 +774,6 @@ def show_maps(model, c, tasks, args, generator):
         pictures.append(draw_strip(np.stack(steps)[None], f"{args.out}/strip"))
     with open(write_maps(predictions, f"{args.out}/maps")) as f:
         return {"pictures": pictures, "maps": f.name} | json.load(f)
-
-
-def held_out_maps(c, count):
-    source = data.make_source(c, "val", c.data.tasks[0])
-    return [source[i] for i in range(min(count or 8, len(source)))]
 
 
 def write_maps(predictions, stem):
@@ -829,8 +829,8 @@ def draw_maps(images, maps, c, side=384):
                 ys, xs = np.nonzero((classes == label) & (ids == i))
                 middle = np.hypot(ys - ys.mean(), xs - xs.mean()).argmin()
                 at = (xs[middle] + 0.5) * zoom, (ys[middle] + 0.5) * zoom
-                outlined = dict(stroke_width=2, stroke_fill="black")
-                pen.text(at, names[label], "white", font, "mm", **outlined)
+                pen.text(
+                    at, names[label], "white", font, "mm", stroke_width=2, stroke_fill="black")
     return drawn
 
 
@@ -859,7 +859,7 @@ def picture_samples(model, c, count, generator, stem):
 
 def picture_maps(model, c, count, generator, stem):
     """First held-out images or clips, each as predicted and beside it in truth."""
-    records, films = held_out_maps(c, count), []
+    records, films = sample_records(c, count), []
     said = predict(model, Inputs(records, c, generator=generator), c, c.data.tasks)
     for record, prediction in zip(records, said):
         truth = [true_map(numbers, record["segments"]) for numbers in record["maps"]]

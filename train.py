@@ -32,7 +32,6 @@ from tqdm import tqdm
 import data
 import diffusion
 import sample
-from data import DataError
 from eval import evaluate
 from model import (
     SIZES,
@@ -235,7 +234,7 @@ def batches_from(step, task, source, c, device):
 
 def prepare(c, device):
     """The Config with steps and categories filled in, and the source of each task. Everything that
-    can be known to be wrong is said here: ValueError, DataError or FileNotFoundError."""
+    can be known to be wrong is said here: ValueError (data.DataError, too) or OSError."""
     check_tasks(c, device)
     sources = {task: data.make_source(c, "train", task) for task in c.data.tasks}
     categories = {}
@@ -246,7 +245,7 @@ def prepare(c, device):
     per_epoch = len(sources[first]) / batch_sizes(c)[first]
     steps, warmup = c.optim.steps, c.optim.warmup_steps
     if not steps and (not c.optim.epochs or sources[first].endless):
-        raise ValueError("expected --steps" + ("" if sources[first].endless else " or --epochs"))
+        raise ValueError("expected --steps, or where data ends --epochs")
     optim = replace(
         c.optim,
         steps=steps or round(c.optim.epochs * per_epoch),
@@ -715,8 +714,8 @@ def preset(name, about, result=NOT_RUN, like=None, model=None, **changes):
     Fields are named as on the command line."""
     base = PRESETS[like].config if like else Config()
     c = replace(base, model=model or base.model)
-    known = {field.name for part in parts_of(c) for field in fields(part)}
-    assert set(changes) <= known, f"preset {name}: no field is called {set(changes) - known}"
+    unknown = set(changes) - {field.name for part in parts_of(c) for field in fields(part)}
+    assert not unknown, f"preset {name}: no field is called {unknown}"
     c = sample.configured(c, argparse.Namespace(**changes))
     PRESETS[name] = Preset(c, about, result)
 
@@ -1032,6 +1031,7 @@ preset(
 preset(
     "pan_shapes",
     "panoptic masks of drawn scenes, 64 px",
+    result="PQ 0.65 on test, one seed",
     like="gen_shapes",
     model=PanopticConfig(
         image_size=(64, 64), encoder="vit", patch_size=4, enc_layers=2, enc_dim=96, enc_mlp=192,
@@ -1049,7 +1049,6 @@ preset(
     scale_max=1.0,
     color_jitter=0.0,
     guidance=0.0,
-    proxy_classifier=False,
     sample_steps=20,
     td=2.0,
     min_pixels=4,
@@ -1064,6 +1063,8 @@ preset(
     like="pan_shapes",
     tasks=("vps",),
     past_frames=2,
+    later_steps=5,
+    val_count=60,
 )
 preset(
     "pan_coco_tiny",
@@ -1072,17 +1073,23 @@ preset(
     image_size=(256, 256),
     patch_size=16,
     sample_size=(128, 128),
+    in_stride=2,
     channels=16,
+    softmax_groups=0,
+    pred_type="x",
     data="coco",
     max_segments=101,
+    random_ids=False,                                  # else minutes are not enough
+    min_pixels=100,                                    # four of a mask
     batch_size=2,
+    steps=1500,
 )
 
 # Panoptic masks as published, in two stages; 32 GPUs.
 preset(
     "pan_coco_256",
-    "panoptic masks of COCO (2210.06366), 256 px, masks of 64 px: the first stage; 32 GPUs",
-    model=PanopticConfig(image_size=(256, 256), sample_size=(64, 64), time_scaling=1.0),
+    "panoptic masks of COCO (2210.06366), 256 px, masks of 128 px: the first stage; 32 GPUs",
+    model=PanopticConfig(image_size=(256, 256), sample_size=(128, 128), time_scaling=1.0),
     tasks=("pan",),
     data="coco",
     bits="ids",
@@ -1312,7 +1319,7 @@ def main():
         if args.bench:
             return bench(c)
         metrics = train(c)
-    except (DataError, ValueError, OSError, FloatingPointError) as e:
+    except (ValueError, OSError, FloatingPointError) as e:
         sys.exit(f"error: {e}")
     finally:
         Device.close()
@@ -1389,7 +1396,7 @@ def bench_samples(model, c, device, measure):
     measure("sample", lambda: predict(model, inputs, c), 1, "images")
 
 
-BENCH = dict.fromkeys(LOSS, bench_sequences) | {"gen": bench_samples, "ar": bench_samples}
+BENCH = dict.fromkeys(LOSS, bench_samples) | dict.fromkeys(Pix2SeqConfig.TASKS, bench_sequences)
 
 
 if __name__ == "__main__":

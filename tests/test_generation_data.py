@@ -103,11 +103,11 @@ def test_the_shape_of_a_clip_moves_straight_bounces_and_stays_inside():
 
 
 def test_clips_are_written_as_a_gif(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["data.py", "--clips", f"{tmp_path}/a.gif", "--size", "16"])
+    monkeypatch.setattr(sys, "argv", ["data.py", "--sheet", f"{tmp_path}/a.gif", "--size", "16"])
     data.main()
     with Image.open(tmp_path / "a.gif") as gif:
         assert gif.n_frames == 16
-        assert gif.size == (4 * 64 + 3 * 2,) * 2       # 4 x 4, each enlarged four times
+        assert gif.size == (8 * 64 + 7 * 2, 4 * 64 + 3 * 2)           # each enlarged four times
 
 
 def test_a_grid_is_filled_row_by_row_with_white_between_and_after(tmp_path):

@@ -19,7 +19,7 @@ import eval
 import sample
 import train
 from data import DataError, ShapeMaps
-from model import Device, Panoptic, PanopticConfig
+from model import Device, Panoptic, PanopticConfig, adapt_weights, load_weights
 from sample import Config, configured
 from train import PRESETS
 
@@ -184,6 +184,15 @@ def test_ids_are_random_and_the_same_in_all_frames():
     pairs = set(zip(numbers.ravel().tolist(), first[:, 1].ravel().tolist()))
     assert len(pairs) == len(np.unique(numbers))       # one id each, in all three frames
     assert first[:, 1].max() < recipe().data.max_segments
+
+
+def test_ids_can_be_the_same_each_time():
+    record, view = ShapeMaps("val", 64)[3], data.eval_view((0, 0, 64, 64), TINY.image_size)
+    ids = {
+        fixed: {data.id_maps(record, view, recipe(random_ids=not fixed), rng).tobytes()
+                for rng in map(np.random.default_rng, range(5))}
+        for fixed in (True, False)}
+    assert len(ids[True]) == 1 and len(ids[False]) == 5
 
 
 def test_crowds_and_pixels_without_class_are_not_known():
@@ -453,6 +462,23 @@ def test_features_are_merged_until_they_are_as_large_as_the_masks():
     assert list(Panoptic(TINY).fuse) == ["0"]
     with pytest.raises(ValueError, match="sample_size"):
         Panoptic(replace(TINY, sample_size=(16, 20)))
+
+
+def test_a_network_of_images_goes_on_as_one_of_videos():
+    torch.manual_seed(0)
+    old, new = (Panoptic(replace(TINY, past_frames=n)).eval() for n in (0, 2))
+    with pytest.raises(ValueError, match="conv_in.*channels more"):
+        adapt_weights(old.state_dict(), new)
+    weights, notes = adapt_weights(old.state_dict(), new, adapt=True)
+    load_weights(new, weights)
+    assert len(notes) == 1
+    x, images = torch.randn(2, 16, 16, 24), torch.rand(2, 3, 32, 48)
+    torch.nn.init.normal_(old.denoiser.conv_out.weight)                   # it begins with zeros
+    new.denoiser.conv_out.load_state_dict(old.denoiser.conv_out.state_dict())
+    expected, _ = old(x, torch.full((2,), 0.5), images=images)
+    y, _ = new(x, torch.full((2,), 0.5), images=images, past=torch.randn(2, 32, 16, 24))
+    assert expected.std() > 0.1
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_first_frame_takes_its_own_number_of_steps_and_the_next_see_its_map():
