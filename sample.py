@@ -732,9 +732,13 @@ def show_samples(model, c, tasks, args, generator):
         film = np.concatenate([steps, pause], 1)
         film = data.save_grid(film, f"{args.out}/denoising", columns=4, ms=80)
         pictures.append(film)
-    classes = [names[record["label"]] for record in records] if names else None
-    made = {"pictures": pictures, "samples": len(records), "seed": args.seed, "classes": classes}
-    return made | asdict(c.sampling)
+    return {
+        "pictures": pictures,
+        "samples": len(records),
+        "seed": args.seed,
+        "classes": [names[record["label"]] for record in records] if names else None,
+        **asdict(c.sampling),
+    }
 
 
 def half_of_groups(m):
