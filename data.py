@@ -1,7 +1,8 @@
 """Images and labels: where they come from, how they are augmented, how they become batches.
 
-Every source gives records (see `Shapes.__getitem__`, and `ShapeClips.__getitem__` for generation);
-a task makes a training example of a record; examples become a Batch of tokens or of pixels.
+Every source gives records (see `Shapes.__getitem__`, for generation `ShapeClips.__getitem__`, for
+panoptic masks `ShapeMaps.__getitem__`); a task makes a training example of a record; examples
+become a Batch of tokens or of pixels, or of the classes and ids of maps (2210.06366).
 Augmentation follows Pix2Seq (arXiv 2109.10852, section 2.4 and appendix B; 2206.07669 for instances
 and captions). A training stream is a pure function of (seed, position), so any number of workers,
 processes or restarts sees the same examples. Only uint8 pixels leave a worker; they become floats

@@ -1,9 +1,12 @@
-"""How good is a model? Average precision, scores of captions, and how real samples are.
+"""How good is a model? Average precision, scores of captions and of panoptic masks, and how real
+samples are.
 
 Boxes, masks and keypoints are scored by pycocotools (cocodataset.org/#detection-eval), captions by
 BLEU, ROUGE-L and CIDEr, samples by held-out loss, by a proxy classifier trained on the spot, and by
-FID (1706.08500) and Inception Score (1606.03498) with a network of the user's. Results are written
-in COCO's formats. Under torchrun every process predicts a part of the items.
+FID (1706.08500), FVD (1812.01717) and Inception Score (1606.03498) with a network of the user's;
+panoptic masks by PQ (1801.00868), of videos by STQ (2102.11859) and DAVIS's J&F (1905.00737), and
+those of others, too. Results are written in COCO's formats. Under torchrun every process predicts a
+part of the items.
 Left out: test sets without labels; precision and recall of samples.
 
     python eval.py                                      # the newest run on its held-out data
@@ -246,11 +249,9 @@ def score_maps(predictions, source, c, device=None):
 
 def score_clips(predictions, source, c, device=None):
     """STQ and J&F, see `tracking_quality` and `region_and_boundary`."""
-    def pairs():
-        return beside_truth(predictions, source)
-
-    scores = tracking_quality(pairs(), source.categories)
-    return scores | region_and_boundary(pairs(), source.categories) | {"clips": len(predictions)}
+    scores = tracking_quality(beside_truth(predictions, source), source.categories)
+    scores |= region_and_boundary(beside_truth(predictions, source), source.categories)
+    return scores | {"clips": len(predictions)}
 
 
 def beside_truth(predictions, source):

@@ -1,12 +1,13 @@
 """The networks: an image encoder with an autoregressive decoder that writes token sequences about
-the image (Pix2Seq), and the denoisers of diffusion (RIN, UNet).
+the image (Pix2Seq), the denoisers of diffusion (RIN, UNet, FIT, Panoptic), and ImageAR.
 
 Papers: Pix2Seq (arXiv 2109.10852), its multi-task form (2206.07669), ViT (2010.11929), ResNet
-(1512.03385), RIN (2212.11972), UNet as in Bit Diffusion (2208.04202) and Pix2Seq-D (2210.06366).
+(1512.03385), RIN (2212.11972), UNet as in Bit Diffusion (2208.04202), Pix2Seq-D (2210.06366), FIT
+(2305.12689).
 Images are (B, 3, H, W) float in [0, 1]; a decoder reads and writes (B, T) or, with G sequences
 about each image, (B, G, T) integer tokens; a denoiser reads and writes (B, C, H, W), of a video
 (B, C, T, H, W), in the range of its data. One attention, one MLP and one layer serve all networks.
-Below the ruled line stand ResNet, RIN, UNet, hardware, checkpoints, weights of the reference.
+Below the ruled line stand ResNet, the denoisers, hardware, checkpoints, weights of the reference.
 Left out: the training (train.py), what tokens mean (tokenizer.py), noise and sampling
 (diffusion.py).
 

@@ -1,8 +1,9 @@
 """Ask a trained model what is in an image, or to make new ones; draw the answer, print it as JSON.
 
 Boxes (Pix2Seq, arXiv 2109.10852, section 2.3), masks, keypoints and captions (2206.07669, section
-2) all come from one decoder that reads one encoded image; diffusion.py's sampler makes new ones.
-Without an image on the command line, held-out ones of the model's own data are taken.
+2) all come from one decoder that reads one encoded image; diffusion.py's sampler makes new ones,
+and panoptic maps of images and videos (2210.06366). Without an image on the command line, held-out
+ones of the model's own data are taken.
 Left out: whole datasets (eval.py).
 
     python sample.py                                    # the newest run, held-out images or samples

@@ -1,7 +1,8 @@
 """Train a model: the loop, its recipes, its checkpoints.
 
 Recipes of Pix2Seq (arXiv 2109.10852, section 3.1 and appendix; several tasks at once: 2206.07669),
-Bit Diffusion (2208.04202) and RIN (2212.11972) are presets, of which every field can be changed.
+Bit Diffusion (2208.04202), RIN (2212.11972), FIT (2305.12689) and Pix2Seq-D (2210.06366) are
+presets, of which every field can be changed.
 The same command goes on from the last checkpoint after any interruption. Under torchrun the global
 batch is shared out, with the same result but for the noise of dropout and diffusion.
 Left out: model and pipeline parallelism.
@@ -1060,6 +1061,7 @@ preset(
 preset(
     "vps_shapes",
     "panoptic masks of clips in which drawn shapes cross, leave and return, 64 px",
+    result="STQ 0.52, J&F 0.59 on val, one seed",
     like="pan_shapes",
     tasks=("vps",),
     past_frames=2,

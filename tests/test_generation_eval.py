@@ -16,7 +16,7 @@ import diffusion
 import eval
 import sample
 from model import Device, RINConfig, UNetConfig, build, save
-from train import Config
+from train import PRESETS, Config
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 CPU = Device("cpu")
@@ -194,6 +194,13 @@ def test_clips_have_features_as_wholes(saved):
     clips = images(20).reshape(5, 4, 8, 8, 3)
     features, _ = eval.I3D(saved(OfClips()), CPU).features(clips)
     assert np.allclose(features, clips.mean((2, 3)).transpose(0, 2, 1).reshape(5, 12))
+
+
+def test_images_have_no_fvd():
+    c = PRESETS["gen_shapes"].config
+    c = replace(c, sampling=replace(c.sampling, i3d="i3d.pt", proxy_classifier=False))
+    with pytest.raises(ValueError, match="--i3d=i3d.pt: FVD is of videos"):
+        eval.quality(images(4).reshape(4, 8, 8, 3), [0] * 4, None, c, CPU)
 
 
 def test_networks_are_told_apart_by_their_files(saved):

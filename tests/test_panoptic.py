@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 import os
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -324,6 +325,23 @@ def test_images_of_cityscapes_vps_are_clips_by_their_name(tmp_path):
     assert source[0]["segments"].keys() == {3, 70_004, 70_009}
 
 
+def test_folders_without_videos_and_files_that_are_none_are_named(tmp_path, monkeypatch):
+    for folder in ("images/train", "panoptic_maps/train"):
+        (tmp_path / folder).mkdir(parents=True)
+    with pytest.raises(DataError, match="panoptic_maps/train: no video"):
+        data.kitti_step(str(tmp_path), "train")
+    with pytest.raises(DataError, match="train.txt: no such file"):
+        data.davis(str(tmp_path), "train")
+    (tmp_path / "map.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match="map.png: not a readable PNG"):
+        data.read_ids(f"{tmp_path}/map.png")
+    with pytest.raises(ValueError, match="images: no frames"):
+        sample.read_clip(f"{tmp_path}/images", "vps")
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ImportError, match="film.mp4: reading a video file needs PyAV"):
+        sample.read_clip(f"{tmp_path}/film.mp4", "vps")
+
+
 def test_a_frame_that_is_missing_in_a_clip_is_named(tmp_path):
     video_files(tmp_path, "kitti_step", frames=(0, 1, 3))
     with pytest.raises(DataError, match="1 frames are missing: 2"):
@@ -462,6 +480,21 @@ def test_features_are_merged_until_they_are_as_large_as_the_masks():
     assert list(Panoptic(TINY).fuse) == ["0"]
     with pytest.raises(ValueError, match="sample_size"):
         Panoptic(replace(TINY, sample_size=(16, 20)))
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(max_segments=300), "channels 16, expected 'ids' and twice the bits of 299"),
+    (dict(bits="uint8"), "bits is 'uint8'"),
+    (dict(sampler="euler"), "sampler 'euler'"),
+    (dict(train_schedule="cubic"), "cubic"),
+    (dict(low_noise_weight=0.5), "low_noise_weight is 0.5"),
+    (dict(pred_type="x"), "softmax_groups belong together"),
+])
+def test_what_does_not_fit_is_said_before_the_first_step(change, words, tmp_path):
+    c = configured(train.PRESETS["pan_shapes"].config, SimpleNamespace(
+        channels=16, out=str(tmp_path), device="cpu", steps=1, **change))
+    with pytest.raises(ValueError, match=words):
+        train.prepare(c, Device("cpu"))
 
 
 def test_a_network_of_images_goes_on_as_one_of_videos():
