@@ -79,6 +79,7 @@ def evaluate(model, c, split, device, tasks=None, limit=None, boxes="own", truth
             predictions[task] = found
             if device.first:
                 metrics[task] = SCORE[task](found, source, c, device)
+    device.wait()                                      # gloo can abort a process that ends at once
     return metrics, predictions
 
 
@@ -905,8 +906,7 @@ class Inception:
         features, *rest = (torch.cat(parts).float().cpu().numpy() for parts in zip(*outputs))
         return features.reshape(len(features), -1), rest[0] if rest else None
 
-    def items(self, pixels):
-        return as_frames(pixels)
+    items = staticmethod(as_frames)
 
     def outputs(self, images):
         if not {"return_features", "no_output_bias"} <= self.keywords:
