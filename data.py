@@ -930,7 +930,7 @@ def background(rng, size, cells, contrast):
     """PIL image that runs through cells x cells random colours, about as dark as each other."""
     grey = rng.integers(40, 130)
     corners = grey + rng.integers(-contrast, contrast + 1, (cells, cells, 3))
-    small = Image.fromarray(corners.astype(np.uint8))
+    small = Image.fromarray(corners.clip(0, 255).astype(np.uint8))
     return small.resize((size, size), Image.BILINEAR)
 
 
@@ -1110,7 +1110,7 @@ class ShapeClips(Drawn):
         return {"pixels": pixels, "label": KINDS.index(shape.kind)}
 
 
-GROUNDS = {"plain": (1, 32), "blotchy": (8, 32)}       # stuff, as options of `background`
+GROUNDS = {"plain": (1, 32), "blotchy": (8, 72)}       # stuff, as options of `background`
 
 
 class ShapeMaps(Drawn):

@@ -671,15 +671,15 @@ def instance_weights(ids, power=0.2, max_instances=256):
     return weight.view(ids.shape)
 
 
-def majority_vote(classes, ids, min_pixels=0):
-    """Each instance of one image takes the class of most of its pixels (in a tie the smallest);
-    those with fewer than min_pixels pixels, or of class 0, become (0, 0). Integer maps (H, W) ->
-    (classes, ids)."""
+def majority_vote(classes, ids, min_pixels=0, split_pixels=0):
+    """Each instance of one image takes the class of most of its pixels (in a tie the smallest); so
+    many as split_pixels of another class are one of that (0: none are). Those with fewer than
+    min_pixels pixels, or of class 0, become (0, 0). Integer maps (H, W) -> (classes, ids)."""
     n_classes = int(classes.max()) + 1
     n_ids = int(ids.max()) + 1
     pairs = ids * n_classes + classes
-    votes = torch.bincount(pairs.flatten(), minlength=n_ids * n_classes)
-    votes = votes.view(n_ids, n_classes)
-    winners = votes.argmax(1).where(votes.sum(1) >= min_pixels, 0)
-    classes = winners[ids]
+    votes = torch.bincount(pairs.flatten(), minlength=n_ids * n_classes).view(n_ids, n_classes)
+    alone = votes[ids, classes] >= (split_pixels or math.inf)
+    classes = classes.where(alone, votes.argmax(1)[ids])
+    classes = classes.where(votes.sum(1)[ids] >= min_pixels, 0)
     return classes, ids.where(classes != 0, 0)

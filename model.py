@@ -1768,26 +1768,18 @@ def count_parameters(model):
 
 
 def print_sizes():
-    """A row per named size: trainable parameters; FLOPs to encode a 640 x 640 image and to score
-    500 tokens about it. Then the networks that make images, with the defaults of their fields."""
+    """Trainable parameters of each named size, and of each network with the defaults of its fields;
+    of a Pix2Seq FLOPs to encode a 640 x 640 image and to score 500 tokens about it."""
     from torch.utils.flop_counter import FlopCounterMode
-    print(f"{'size':14}{'encoder':>14}{'decoder':>12}{'parameters':>14}{'GFLOPs 640x640':>16}")
-    for name, c in SIZES.items():
+    sizes = SIZES | {name: config() for name, (_, config) in NETWORKS.items()}
+    print(f"{'size':14}{'parameters':>14}{'GFLOPs 640x640':>16}")
+    for name, c in sizes.items():
         with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
             model = build(c).eval()
-            model(torch.empty(1, 3, 640, 640), torch.empty(1, 500, dtype=torch.long))
-        layers = c.fit_layers if c.encoder == "fit" else c.enc_layers
-        encoder, decoder = f"{layers} x {c.enc_dim}", f"{c.dec_layers} x {c.dec_dim}"
-        gflops = counter.get_total_flops() / 1e9
-        print(f"{name:14}{encoder:>14}{decoder:>12}{count_parameters(model):>14,}{gflops:>16.1f}")
-    print(f"\n{'network':14}{'image':>14}{'':12}{'parameters':>14}")
-    for name, (network, config) in NETWORKS.items():
-        if config is Pix2SeqConfig:
-            continue
-        with torch.device("meta"):
-            model = network(config())
-        image = " x ".join(map(str, model.config.sample_shape[1:]))
-        print(f"{name:14}{image:>14}{'':12}{count_parameters(model):>14,}")
+            if isinstance(model, Pix2Seq):
+                model(torch.empty(1, 3, 640, 640), torch.empty(1, 500, dtype=torch.long))
+        gflops = round(counter.get_total_flops() / 1e9, 1)
+        print(f"{name:14}{count_parameters(model):>14,}{gflops or '':>16}")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -71,6 +71,7 @@ class SamplingConfig:
     self_cond_decay: float = 0.0        # gen: weight of the past in self-conditioning
     eval_samples: int = 200             # gen: samples per evaluation
     min_pixels: int = 40                # pan, vps: smaller instances are left out
+    split_pixels: int = 0               # pan, vps: so many of a class are an instance; 0: never
     proxy_classifier: bool = False      # gen: train a small classifier that scores the samples
     inception: str = ""                 # gen: TorchScript file for FID: inception-2015-12-05.pt
     i3d: str = ""                       # gen: TorchScript file for FVD: i3d_torchscript.pt
@@ -312,7 +313,7 @@ def made(inputs, pixels, key, rows):
 @torch.no_grad()
 def make_maps(model, inputs, c):
     """[{maps, sizes}]: of each frame of a record the class and instance of each pixel, uint8
-    (T, 2, h, w), as large as the model's masks; see `full_maps`."""
+    (T, 2, h, w), as large as the model's masks; see `full_map`."""
     views = [data.eval_view(data.whole(record["images"][0]), c.model.image_size)
              for record in inputs.records]
     lengths = [len(record["images"]) for record in inputs.records]
@@ -332,7 +333,7 @@ def map_prediction(record, masks, view, c):
     what is said about it: its id and name, maps, a PNG per frame, and per frame segments_info."""
     known, maps, segments = {row["label"]: row for row in c.categories}, [], []
     for mask, image in zip(masks, record["images"]):
-        full = full_map(mask, view, image.size, c.sampling.min_pixels)
+        full = full_map(mask, view, image.size, c.sampling)
         segments.append([
             {"id": i, "category_id": known[i >> 8]["id"], "name": known[i >> 8]["name"]}
             for i in np.unique(full).tolist() if i])
@@ -340,15 +341,15 @@ def map_prediction(record, masks, view, c):
     return {"id": record["id"], "name": record["name"], "maps": maps, "segments": segments}
 
 
-def full_map(mask, view, size, min_pixels):
+def full_map(mask, view, size, sampling):
     """Class and instance of each pixel of a mask (2, h, w) uint8 -> ids 256 * class + instance of
-    each pixel of its image (width, height), 0 for none. Each instance takes one class; those of
-    less than min_pixels are left out."""
+    each pixel of its image (width, height), 0 for none; see `majority_vote`."""
     view = data.on_canvas(view, mask.shape[1:])
     parts = [Image.fromarray(values[:view.height, :view.width]) for values in mask]
     full = [np.array(part.resize(size, Image.NEAREST), np.int64) for part in parts]
-    classes, ids = diffusion.majority_vote(*map(torch.from_numpy, full), min_pixels)
-    return torch.where(classes > 0, 256 * classes + ids, 0).numpy()
+    classes, ids = diffusion.majority_vote(
+        *map(torch.from_numpy, full), sampling.min_pixels, sampling.split_pixels)
+    return (256 * classes + ids).numpy()
 
 
 def as_png(ids):

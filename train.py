@@ -1053,9 +1053,10 @@ preset(
     sample_steps=20,
     td=2.0,
     min_pixels=4,
+    split_pixels=64,
     batch_size=16,
     steps=1500,
-    low_noise_weight=1.0,
+    low_noise_weight=4.0,
     pictures=8,
 )
 preset(
@@ -1066,6 +1067,7 @@ preset(
     tasks=("vps",),
     past_frames=2,
     later_steps=5,
+    steps=2000,
     val_count=60,
 )
 preset(
@@ -1084,6 +1086,8 @@ preset(
     max_segments=101,
     random_ids=False,                                  # else minutes are not enough
     min_pixels=200,                                    # eight of a mask
+    split_pixels=0,
+    low_noise_weight=1.0,
     batch_size=2,
     steps=1500,
 )

@@ -724,4 +724,6 @@ def test_majority_vote_heals_drops_and_breaks_ties_downwards():
 
     assert vote(classes, ids) == [[[7, 7, 7, 9, 4, 4]], [[1, 1, 1, 2, 3, 3]]]
     assert vote(classes, ids, 2) == [[[7, 7, 7, 0, 4, 4]], [[1, 1, 1, 0, 3, 3]]]
+    assert vote(classes, ids, 2, 2) == [[[7, 7, 7, 0, 4, 4]], [[1, 1, 1, 0, 3, 3]]]
+    assert vote(classes, ids, 2, 1) == [[[7, 7, 2, 0, 4, 5]], [[1, 1, 1, 0, 3, 3]]]
     assert vote(classes * 0, ids) == [[[0] * 6]] * 2

@@ -536,7 +536,7 @@ def test_a_full_map_is_as_large_as_its_image_and_keeps_large_instances():
     mask = np.zeros((2, 16, 24), np.uint8)
     mask[0, :, :8], mask[1, :, :8] = 2, 7
     mask[0, 0, 0], mask[:, 8, 12] = 1, (3, 9)          # a stray class, and an instance of one pixel
-    full = sample.full_map(mask, view, (64, 64), min_pixels=20)
+    full = sample.full_map(mask, view, (64, 64), sample.SamplingConfig(min_pixels=20))
     assert full.shape == (64, 64) and np.unique(full).tolist() == [0, 2 * 256 + 7]
     assert (full[:, :32] > 0).all() and not full[:, 32:].any()
     assert np.array_equal(sample.read_map(sample.as_png(full)), [full >> 8, full & 255])
