@@ -605,13 +605,18 @@ class SampleOptions(Options):
     strip: bool = False                 # gen: also draw the way from noise to sample
     complete: str = ""                  # ar: an image file whose lower half is to be written anew
     out: str = "samples"                # folder for the pictures
+    # These three are no options, but arguments of their own.
+    images: tuple = ()
+    boxes: tuple = ()
+    class_name: str | None = None
 
 
 def main():
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("images", nargs="*", help="image files; none: held-out items of the model's own data")
-    add("--boxes", nargs="+", metavar="X,Y,W,H,NAME", help="prompt boxes of seg and kpt, in pixels")
+    add("--boxes", nargs="+", default=(), metavar="X,Y,W,H,NAME",
+        help="prompt boxes of seg and kpt, in pixels")
     add("--class", dest="class_name", metavar="NAME", help="gen: only this class (default: all)")
     parser.add_config(SampleOptions(), SamplingConfig())
     args = parser.parse(sys.argv[1:])
@@ -622,9 +627,7 @@ def main():
         model, c = load_model(path, device)
         c = configured(c, args)
         tasks = pick_tasks(options.task, c)
-        os.makedirs(options.out, exist_ok=True)
-        args = argparse.Namespace(**vars(args) | vars(options))
-        report = SHOW[tasks[0]](model, c, tasks, args, device.generator(options.seed))
+        report = show(model, c, tasks, options, device.generator(options.seed))
     except (OSError, ImportError, ValueError) as e:
         sys.exit(f"error: {e}")
     report = json.loads(json.dumps(report), parse_float=lambda text: round(float(text), 4))
@@ -633,17 +636,24 @@ def main():
 
 
 # --------------------------------------------------------------------------------------------------
-# SHOW[task](model, c, tasks, args, generator): predictions as pictures, and the JSON to print
+# SHOW[task](model, c, tasks, options, generator): predictions as pictures, and the JSON to print
 
-def show_predictions(model, c, tasks, args, generator):
+def show(model, c, tasks, options, generator):
+    """Pictures of what a model says about the user's images, or about held-out items, into a
+    folder. options: SampleOptions. Returns what sample.py prints."""
+    os.makedirs(options.out, exist_ok=True)
+    return SHOW[tasks[0]](model, c, tasks, options, generator)
+
+
+def show_predictions(model, c, tasks, options, generator):
     """A picture per image, and all of them in all.png."""
-    if args.images:
-        records = [{"image_id": name, "image": data.load_image(name)} for name in args.images]
+    if options.images:
+        records = [{"image_id": name, "image": data.load_image(name)} for name in options.images]
         prompts = [None] * len(records)
     else:
-        records, prompts = held_out(c, tasks[0], args.count or 8)
-    if args.boxes:
-        boxes = [read_box(text, c) for text in args.boxes]
+        records, prompts = held_out(c, tasks[0], options.count or 8)
+    if options.boxes:
+        boxes = [read_box(text, c) for text in options.boxes]
         prompts = [[dict(box) for box in boxes] for _ in records]
     if None in prompts and "det" not in c.data.tasks and {"seg", "kpt"} & set(tasks):
         raise ValueError("this model does not detect: name boxes with --boxes=X,Y,W,H,NAME")
@@ -652,21 +662,21 @@ def show_predictions(model, c, tasks, args, generator):
     for record, objects in zip(records, prompts):
         inputs = Inputs([record], c, None if objects is None else [objects], generator)
         prediction = predict(model, inputs, c, tasks)[0]
-        pictures.append(draw(record["image"], prediction, c, args.min_score))
-        name = record["image_id"] if args.images else f"val_{record['image_id']}"
-        stem = f"{args.out}/{os.path.splitext(os.path.basename(name))[0]}"
+        pictures.append(draw(record["image"], prediction, c, options.min_score))
+        name = record["image_id"] if options.images else f"val_{record['image_id']}"
+        stem = f"{options.out}/{os.path.splitext(os.path.basename(name))[0]}"
         pictures[-1].save(f"{stem}.png")
         objects = prediction.get("objects", ())
-        if args.attention and objects:
+        if options.attention and objects:
             draw_attention(model, inputs, c).save(f"{stem}_attention.png")
         prediction["objects"] = [
             {"name": names[obj["category_id"]], **obj}
-            for obj in objects if obj["score"] >= args.min_score]
+            for obj in objects if obj["score"] >= options.min_score]
         width, height = record["image"].size
         where = {"image": name, "picture": f"{stem}.png", "width": width, "height": height}
         report.append(where | prediction)
     if len(pictures) > 1:
-        data.tile(pictures).save(f"{args.out}/all.png")
+        data.tile(pictures).save(f"{options.out}/all.png")
     return report
 
 
@@ -693,51 +703,51 @@ def held_out(c, task, count):
     return records, [None if detects else true_objects(record, known) for record in records]
 
 
-def show_samples(model, c, tasks, args, generator):
+def show_samples(model, c, tasks, options, generator):
     """A grid of samples; with --strip also of their estimates at every tenth of the way; with
     --complete, of images that begin with the upper half of a given one."""
-    if args.images or args.boxes:
+    if options.images or options.boxes:
         raise ValueError("this model generates: it takes no images and no boxes")
-    if args.complete and "ar" not in tasks or args.strip and "gen" not in tasks:
+    if options.complete and "ar" not in tasks or options.strip and "gen" not in tasks:
         raise ValueError("--complete is for a model that writes pixels, --strip for a denoiser")
     names = [category["name"] for category in c.categories] if c.model.num_classes else []
-    records = sample_records(c, args.count or 64)
-    rows = half_of_groups(c.model) if args.complete else 0
-    if args.complete:
-        pixels = data.fit_image(args.complete, c.model.sample_size)
+    records = sample_records(c, options.count or 64)
+    rows = half_of_groups(c.model) if options.complete else 0
+    if options.complete:
+        pixels = data.fit_image(options.complete, c.model.sample_size)
         if c.data.image_channels == 1:
             pixels = pixels.mean(-1, keepdims=True).astype(np.uint8)
         records = [{**record, "pixels": pixels} for record in records]
-    if args.class_name is not None:
-        if args.class_name not in names:
+    if options.class_name is not None:
+        if options.class_name not in names:
             known = ", ".join(names) or "no classes"
-            raise ValueError(f"--class={args.class_name}: this model knows {known}")
+            raise ValueError(f"--class={options.class_name}: this model knows {known}")
         for record in records:
-            record["label"] = names.index(args.class_name)
+            record["label"] = names.index(options.class_name)
     steps, predictions = [], []
     for first in range(0, len(records), 64):
         part = Inputs(records[first:first + 64], c, generator=generator, rows=rows)
-        if args.strip and first == 0:
+        if options.strip and first == 0:
             part.callback = lambda pixels: steps.append(pixels[:8].movedim(1, -1).cpu().numpy())
         predictions += predict(model, part, c, tasks)
-    if args.complete:                                  # first what the model was given
+    if options.complete:                                  # first what the model was given
         predictions.insert(0, {"pixels": pixels})
-    pictures = [draw_grid(predictions, f"{args.out}/samples")]
+    pictures = [draw_grid(predictions, f"{options.out}/samples")]
     if c.model.cond_frames:
-        pictures.append(draw_beside(predictions[:4], records, f"{args.out}/frames"))
+        pictures.append(draw_beside(predictions[:4], records, f"{options.out}/frames"))
     if steps:
         steps = np.stack(steps, 1)                     # (8, steps, [T,] H, W, C)
         if steps.ndim == 6:
             steps = steps[:, :, -1]                    # the last frame stands for a clip
-        pictures.append(draw_strip(steps, f"{args.out}/strip"))
+        pictures.append(draw_strip(steps, f"{options.out}/strip"))
         pause = np.repeat(steps[:, -1:], steps.shape[1] // 4 + 1, 1)
         film = np.concatenate([steps, pause], 1)
-        film = data.save_grid(film, f"{args.out}/denoising", columns=4, ms=80)
+        film = data.save_grid(film, f"{options.out}/denoising", columns=4, ms=80)
         pictures.append(film)
     return {
         "pictures": pictures,
         "samples": len(records),
-        "seed": args.seed,
+        "seed": options.seed,
         "classes": [names[record["label"]] for record in records] if names else None,
         **asdict(c.sampling),
     }
@@ -760,25 +770,29 @@ def sample_records(c, count):
     return [{"pixels": np.zeros(shape, np.uint8), "label": int(label)} for label in labels]
 
 
-def show_maps(model, c, tasks, args, generator):
-    """Panoptic maps drawn over images, and as PNGs and JSON in COCO's format; of clips, GIFs. With
-    --strip also how the map of the first image comes out of noise."""
-    records = [read_clip(path, tasks[0]) for path in args.images]
-    records = records or sample_records(c, args.count or 8)
+def show_maps(model, c, tasks, options, generator):
+    """Panoptic maps drawn over images, beside the truth if it is known, and as PNGs and JSON in
+    COCO's format; of clips, GIFs. With --strip also how the first map comes out of noise."""
+    records = [read_clip(path, tasks[0]) for path in options.images]
+    records = records or sample_records(c, options.count or 8)
     predictions, pictures, firsts, steps = {}, [], [], []
     for record in records:
         inputs = Inputs([record], c, generator=generator)
-        if args.strip and not firsts:
+        if options.strip and not firsts:
             inputs.callback = lambda n, maps: n or steps.append(paint(maps[0].cpu().numpy()))
         predictions[record["name"]] = said = predict(model, inputs, c, tasks)[0]
         drawn = draw_maps(record["images"], map(read_map, said["maps"]), c)
-        pictures.append(data.save_film(drawn, f"{args.out}/{record['name']}"))
+        if "maps" in record:
+            truth = [true_map(numbers, record["segments"]) for numbers in record["maps"]]
+            pairs = zip(drawn, draw_maps(record["images"], truth, c))
+            drawn = [data.tile(pair, columns=2) for pair in pairs]
+        pictures.append(data.save_film(drawn, f"{options.out}/{record['name']}"))
         firsts.append(drawn[0])
     if len(firsts) > 1:
-        data.tile(firsts).save(f"{args.out}/all.png")
+        data.tile(firsts).save(f"{options.out}/all.png")
     if steps:
-        pictures.append(draw_strip(np.stack(steps)[None], f"{args.out}/strip"))
-    with open(write_maps(predictions, f"{args.out}/maps")) as f:
+        pictures.append(draw_strip(np.stack(steps)[None], f"{options.out}/strip"))
+    with open(write_maps(predictions, f"{options.out}/maps")) as f:
         return {"pictures": pictures, "maps": f.name} | json.load(f)
 
 
@@ -844,37 +858,6 @@ SHOW = dict.fromkeys(PREDICT, show_predictions) | {"gen": show_samples, "ar": sh
 SHOW |= {"pan": show_maps, "vps": show_maps}
 
 
-# PICTURE[task](model, c, count, generator, stem): a look at a model while it trains
-
-def picture_predictions(model, c, count, generator, stem):
-    """Predictions on the first held-out images, always the same ones."""
-    pictures = []
-    for record, objects in zip(*held_out(c, c.data.tasks[0], count)):
-        inputs = Inputs([record], c, None if objects is None else [objects], generator)
-        prediction = predict(model, inputs, c, c.data.tasks)[0]
-        pictures.append(draw(record["image"], prediction, c, side=256))
-    if pictures:
-        data.tile(pictures).save(f"{stem}.png")
-
-
-def picture_samples(model, c, count, generator, stem):
-    """A grid of samples, classes in turn."""
-    inputs = Inputs(sample_records(c, count), c, generator=generator)
-    draw_grid(predict(model, inputs, c, c.data.tasks), stem)
-
-
-def picture_maps(model, c, count, generator, stem):
-    """First held-out images or clips, each as predicted and beside it in truth."""
-    records, films = sample_records(c, count), []
-    said = predict(model, Inputs(records, c, generator=generator), c, c.data.tasks)
-    for record, prediction in zip(records, said):
-        truth = [true_map(numbers, record["segments"]) for numbers in record["maps"]]
-        both = map(read_map, prediction["maps"]), truth
-        drawn = (draw_maps(record["images"], maps, c, side=128) for maps in both)
-        films.append([data.tile(pair, columns=2) for pair in zip(*drawn)])
-    data.save_film([data.tile(frames) for frames in zip(*films)], stem)
-
-
 def true_map(numbers, segments):
     """Segments of pixels (H, W) -> their class and number (2, H, W), that of a crowd is 0."""
     values, places = np.unique(numbers, return_inverse=True)
@@ -889,11 +872,6 @@ def paint(frame):
     full = 255 * (classes > 0)
     hsv = np.stack([(97 * classes + 41 * ids) % 256, 3 * full // 4, full], -1).astype(np.uint8)
     return np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
-
-
-PICTURE = dict.fromkeys(PREDICT, picture_predictions)
-PICTURE |= {"gen": picture_samples, "ar": picture_samples}
-PICTURE |= {"pan": picture_maps, "vps": picture_maps}
 
 
 # --------------------------------------------------------------------------------------------------

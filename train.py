@@ -483,7 +483,7 @@ class Average:
 
 
 def evaluate_run(model, c, device, step, done):
-    """Metrics on held-out data, and a picture of predictions in the run's folder."""
+    """Metrics on held-out data, and pictures of predictions in a folder in the run's."""
     stats_dir = c.sampling.stats_dir or c.run.out
     c = replace(c, sampling=replace(c.sampling, stats_dir=stats_dir))
     boxes = "own" if "det" in c.data.tasks else "truth"
@@ -491,9 +491,8 @@ def evaluate_run(model, c, device, step, done):
         model, c, "val", device, boxes=boxes, workers=worker_count(c),
         limit=0 if done or c.run.target else c.run.eval_images)
     if device.first and c.run.pictures:
-        stem = f"{c.run.out}/step_{step:07d}"
-        draw = sample.PICTURE[c.data.tasks[0]]
-        draw(model, c, c.run.pictures, device.generator(0), stem)
+        options = sample.SampleOptions(count=c.run.pictures, out=f"{c.run.out}/step_{step:07d}")
+        sample.show(model, c, c.data.tasks, options, device.generator(0))
     return metrics
 
 
@@ -1338,7 +1337,7 @@ def main():
     if metrics:
         print(
             f"{(time.time() - began) / 60:.1f} minutes\n"
-            f"checkpoints {c.run.out}/best.pt and last.pt, pictures step_*, log.jsonl\n"
+            f"checkpoints {c.run.out}/best.pt and last.pt, pictures step_*/, log.jsonl\n"
             f"next: python sample.py --ckpt={c.run.out}")
 
 

@@ -276,7 +276,8 @@ def finished(tmp_path_factory):
 
 def test_a_generating_run_leaves_its_grid_and_says_its_loss(finished):
     folder, output = finished
-    assert {"best.pt", "last.pt", "step_0000004.png"} <= set(os.listdir(folder))
+    assert {"best.pt", "last.pt", "step_0000004"} <= set(os.listdir(folder))
+    assert os.listdir(f"{folder}/step_0000004") == ["samples.png"]
     assert re.search(r"gen: minus_loss -\d\.\d+, loss \d\.\d+", output), output
 
 

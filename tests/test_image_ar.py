@@ -2,7 +2,6 @@
 import json
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -229,10 +228,9 @@ def test_a_photo_is_completed_in_grey_by_a_model_of_grey_images(tmp_path):
     c, _ = train.parse(["ar_mnist", "--num_classes=0", f"--out={tmp_path}"])
     c = replace(c, model=replace(c.model, sample_size=(8, 8), fit_patch=0, fit_layers="(1)"))
     Image.fromarray(np.full((8, 8, 3), (0, 30, 60), np.uint8)).save(tmp_path / "photo.png")
-    args = SimpleNamespace(
-        images=[], boxes=None, complete=str(tmp_path / "photo.png"), strip=False, count=2,
-        class_name=None, out=str(tmp_path), seed=0)
-    report = sample.show_samples(m.build(c.model), c, ("ar",), args, torch.manual_seed(0))
+    options = sample.SampleOptions(
+        complete=str(tmp_path / "photo.png"), count=2, out=str(tmp_path))
+    report = sample.show(m.build(c.model), c, ("ar",), options, torch.manual_seed(0))
     drawn = np.asarray(Image.open(report["pictures"][0]).convert("L"))
     assert report["samples"] == 2 and report["classes"] is None and (drawn == 30).any()
 

@@ -47,7 +47,7 @@ def token_lines(text):
 def test_every_table_has_a_row_for_every_task():
     tables = (
         data.EXAMPLES, data.COLLATE, train.LOSS, sample.PREDICT, eval.SCORE, data.SOURCES,
-        sample.SHOW, sample.PICTURE, eval.ITEMS, eval.WRITE, train.BENCH)
+        sample.SHOW, eval.ITEMS, eval.WRITE, train.BENCH)
     for table in tables:
         assert set(table) == {"det", "seg", "kpt", "cap", "gen", "ar", "pan", "vps"}
     assert set(train.LENGTHS) == set(model.Pix2SeqConfig.TASKS)

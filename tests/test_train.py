@@ -289,7 +289,8 @@ def test_one_batch_can_be_overfit(tiny_config):
 
 def test_a_run_leaves_its_files_and_says_what_is_next(finished):
     folder, output = finished
-    assert {"best.pt", "last.pt", "log.jsonl", "step_0000006.png"} <= set(os.listdir(folder))
+    assert {"best.pt", "last.pt", "log.jsonl", "step_0000006"} <= set(os.listdir(folder))
+    assert {"all.png", "val_1.png"} <= set(os.listdir(f"{folder}/step_0000006"))
     assert sorted(losses(folder)) == [1, 2, 3, 4, 5, 6]
     assert re.search(r"det: AP \d\.\d+, AP50 \d\.\d+, AP75 \d\.\d+", output)
     assert "python sample.py --ckpt=" in output
