@@ -187,6 +187,12 @@ def train_view(region, canvas, rng, scale_min, scale_max, flip):
     return View(*start, *end, *shown.tolist(), canvas, mirrored)
 
 
+def jittered(image, c, rng, flip):
+    """A `train_view` of a whole image, as det, cap, pan and vps learn from it."""
+    d = c.data
+    return train_view(whole(image), c.model.image_size, rng, d.scale_min, d.scale_max, flip)
+
+
 def view_boxes(view, boxes):
     """(N, 4) yxyx pixels -> (N, 4) yxyx fractions of the view's rectangle, clipped to it; empty if
     outside."""
@@ -213,8 +219,7 @@ def det_example(record, c, rng):
     """Record -> image (H, W, 3) uint8, size (2,) of its unpadded part, boxes (max_objects, 4)
     fractions of the canvas, labels (max_objects,), corrupt (max_objects, 2) random numbers."""
     d, image = c.data, record["image"]
-    view = train_view(
-        whole(image), c.model.image_size, rng, d.scale_min, d.scale_max, d.flip)
+    view = jittered(image, c, rng, d.flip)
     boxes = view_boxes(view, record["boxes"])
     usable = visible(boxes) & ~record["iscrowd"]
     order = rng.permutation(np.flatnonzero(usable))[:d.max_objects]
@@ -526,8 +531,7 @@ def cap_example(record, c, rng):
     d, image = c.data, record["image"]
     if d.color_jitter:
         image = jitter_colors(image, d.color_jitter, rng)
-    view = train_view(
-        whole(image), c.model.image_size, rng, d.scale_min, d.scale_max, d.caption_flip)
+    view = jittered(image, c, rng, d.caption_flip)
     texts, count = record["captions"] or [""], d.captions_per_image
     rounds = -(-count // len(texts))
     order = rng.permutation(len(texts) * rounds)[:count]
@@ -605,8 +609,7 @@ def map_example(record, c, rng):
     d, image, past_frames = c.data, record["images"][-1], c.model.past_frames
     if d.color_jitter:
         image = jitter_colors(image, d.color_jitter, rng)
-    view = train_view(
-        whole(image), c.model.image_size, rng, d.scale_min, d.scale_max, d.flip)
+    view = jittered(image, c, rng, d.flip)
     maps = id_maps(record, view, c, rng)
     past = np.zeros((past_frames, *maps[0, :2].shape), np.uint8)
     for n, frame in enumerate(maps[-2::-1, :2][:past_frames], 1):

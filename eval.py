@@ -27,7 +27,7 @@ import time
 import warnings
 import zipfile
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import compress, zip_longest
 
@@ -62,7 +62,7 @@ def evaluate(model, c, split, device, tasks=None, limit=None, boxes="own", truth
     DataError if no item can be read.
     """
     if limit:
-        c = replace(c, sampling=replace(c.sampling, proxy_classifier=False))
+        c = sample.changed(c, proxy_classifier=False)
     metrics, predictions = {}, {}
     passes = [[task] for task in SCORE]
     if boxes == "own" and not truth:
@@ -792,7 +792,7 @@ def image_batches(pixels, device, size=256):
 def real_pixels(source, c, count):
     """Pixels of at most `count` items, of clips the frames after the context frames, and their
     labels (N,); in a fixed random order, as files are often sorted. No image is mirrored."""
-    still = replace(c, data=replace(c.data, flip=False))
+    still = sample.changed(c, flip=False)
     stream = data.TrainStream(source, c.data.tasks[0], still, seed=0)
     examples = [stream[i] for i in range(min(count, len(source)))]
     batch = data.collate(c.data.tasks[0], still)(examples)
@@ -844,7 +844,8 @@ def train_proxy(pixels, labels, classes, device, steps=300, seed=0):
         for _ in range(steps):
             chosen = torch.randint(len(labels), (64,))
             _, scores = proxy(images[chosen].to(device.device))
-            F.cross_entropy(scores, labels[chosen].to(device.device)).backward()
+            loss = F.cross_entropy(scores, labels[chosen].to(device.device))
+            device.scaler.scale(loss).backward()
             device.step(optimizer)
             rates.step()
     return proxy.eval()
@@ -984,7 +985,7 @@ def main():
     parser = sample.Parser(description=__doc__)
     parser.add_config(EvalOptions(), data.DataConfig(), sample.SamplingConfig(), without=("tasks",))
     args = parser.parse(sys.argv[1:])
-    options = sample.given(EvalOptions(), args)
+    options = sample.given(EvalOptions(), vars(args))
     try:
         device = Device(options.device, options.dtype)
         if options.results:
@@ -1002,9 +1003,9 @@ def main():
 def run(path, options, args, device):
     """Evaluate one checkpoint, print its numbers and save them beside it."""
     model, c = sample.load_model(path, device)
-    c = sample.configured(c, args)
+    c = sample.changed(c, **vars(args))
     if not c.sampling.stats_dir:
-        c = replace(c, sampling=replace(c.sampling, stats_dir=os.path.dirname(path)))
+        c = sample.changed(c, stats_dir=os.path.dirname(path))
     tasks, start = sample.pick_tasks(options.task, c), time.time()
     if options.truth and not set(tasks) <= set(TRUTH):
         raise ValueError(f"--truth: only for {', '.join(TRUTH)}, this model generates")

@@ -24,6 +24,7 @@ import os
 import re
 import signal
 import sys
+import time
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import accumulate
@@ -95,11 +96,6 @@ class Attention(nn.Module):
             mask = chunk[:, None] >= chunk              # (T, T)
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal == 1)
         return self.out(y.transpose(1, 2).flatten(2))   # (B, T, dim)
-
-    def weights(self, x, kv):
-        """What `forward` weighs the values with, without causality, to be looked at."""
-        q, (k, _) = self.query(x), kv
-        return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)              # (B, nh, T, N)
 
 
 class MLP(nn.Module):
@@ -342,7 +338,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens (S, T) and encoded images (B, N, dec_dim) -> logits (S, T, V) of each next token."""
+    """Tokens (S, T) and encoded images (B, N, dec_dim) -> what `scores` makes logits of the next
+    tokens of (S, T, D)."""
 
     def __init__(self, c, context_dim):
         super().__init__()
@@ -361,7 +358,10 @@ class Decoder(nn.Module):
         x = self.position(F.embedding(tokens, self.embed), start)           # (S, T, D)
         for layer, cache in zip(self.layers, caches or [None] * len(self.layers)):
             x = layer(x, context, cache)
-        return F.linear(self.norm(x), self.unembed, self.bias)              # (S, T, V)
+        return self.norm(x)
+
+    def scores(self, x):
+        return F.linear(x, self.unembed, self.bias)
 
 
 class Generated(NamedTuple):
@@ -402,10 +402,13 @@ class Pix2Seq(nn.Module):
             x = self.proj_mlp(x)
         return x
 
-    def forward(self, images, tokens):
-        """Teacher forcing: images and (B, T) or (B, G, T) -> logits (B, T, V) or (B, G, T, V)."""
-        logits = self.decoder(tokens.flatten(0, -2), self.encode(images))   # (S, T, V)
-        return logits.view(*tokens.shape, -1)
+    def forward(self, images, tokens, targets=None, smoothing=0.0):
+        """Teacher forcing: images and (B, T) or (B, G, T) -> logits (B, T, V) or (B, G, T, V); with
+        targets, shaped like tokens, the cross entropy of each instead."""
+        x = self.decoder(tokens.flatten(0, -2), self.encode(images)).view(*tokens.shape, -1)
+        if targets is None:
+            return self.decoder.scores(x)
+        return output_losses(self.decoder, x, targets, smoothing)
 
     @torch.no_grad()
     def generate(
@@ -439,7 +442,8 @@ class Pix2Seq(nn.Module):
         logprobs = probs.new_full((S, length, len(range(V)[return_logprobs])), -math.inf)
         ended, new = torch.zeros(S, dtype=torch.bool, device=context.device), written
         for t in range(length):
-            logits = self.decoder(new, context, caches)[:, -1].float()      # (S, V)
+            x = self.decoder(new, context, caches)[:, -1]                   # (S, D)
+            logits = self.decoder.scores(x).float()     # (S, V)
             token = shown = draw(logits)                # (S,)
             if suppress is not None:
                 logits[:, suppress] = -math.inf
@@ -484,19 +488,10 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
 
 
-def token_losses(logits, targets, smoothing=0.0):
-    """Logits (..., T, V) and targets (..., T) -> cross entropy of each token (..., T) float32."""
-    losses = F.cross_entropy(
-        logits.flatten(0, -2).float(), targets.flatten(),
-        label_smoothing=smoothing, reduction="none")
-    return losses.view(targets.shape)
-
-
 def token_loss(forward, batch, c):
     """The weighted sum of the losses of a batch's tokens. c: a train.Config."""
-    logits = forward(batch.images, batch.inputs)        # (B, [G,] T, V)
-    losses = token_losses(logits, batch.targets, c.optim.label_smoothing)
-    return (losses * batch.weights).sum()
+    losses = forward(batch.images, batch.inputs, batch.targets, c.optim.label_smoothing)
+    return (losses * batch.weights).sum()               # (B, [G,] T)
 
 
 # ==== reference ===================================================================================
@@ -509,13 +504,37 @@ def attention_maps(model, context, tokens):
     maps = []
 
     def look(attention, args, _):
-        maps.append(attention.weights(*args).mean(1)[0])
+        q, (k, _) = attention.query(args[0]), args[1]           # (1, nh, T, hs), (1, nh, N, hs)
+        weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
+        maps.append(weights.mean(1)[0])                         # (T, N)
 
     with contextlib.ExitStack() as hooks:
         for layer in model.decoder.layers:
             hooks.enter_context(layer.cross_att.register_forward_hook(look))
         model.decoder(tokens, context)
     return torch.stack(maps).mean(0)
+
+
+def output_losses(decoder, x, targets, smoothing, most=1 << 24):
+    """`token_losses` of what a decoder said, x (..., T, D). Logits of large vocabularies, of more
+    than `most` numbers, are computed in parts, and in the backward pass again."""
+    def losses(x, targets):
+        return token_losses(decoder.scores(x), targets, smoothing)
+
+    rows = most // len(decoder.unembed)
+    if targets.numel() <= rows:
+        return losses(x, targets)
+    parts = zip(x.flatten(0, -2).split(rows), targets.flatten().split(rows))
+    parts = [checkpoint(losses, *part, use_reentrant=False) for part in parts]
+    return torch.cat(parts).view(targets.shape)
+
+
+def token_losses(logits, targets, smoothing=0.0):
+    """Logits (..., T, V) and targets (..., T) -> cross entropy of each token (..., T) float32."""
+    losses = F.cross_entropy(
+        logits.flatten(0, -2).float(), targets.flatten(),
+        label_smoothing=smoothing, reduction="none")
+    return losses.view(targets.shape)
 
 
 def sincos(coords, dim):
@@ -1789,13 +1808,14 @@ class Device:
     """The hardware of this process, one of `world` that torchrun started, or the only one.
 
     name:    auto (cuda, else mps, else cpu), cuda, cuda:1, mps or cpu
-    dtype:   of matrix products: auto (bfloat16 on cuda, else float32), float32 or bfloat16
+    dtype:   of matrix products: auto (on cuda bfloat16, float16 where it has none, else float32),
+             float32, bfloat16, or float16, whose losses are scaled
     compile: torch.compile in training: auto (on cuda), on or off
     """
 
     def __init__(self, name="auto", dtype="auto", compile="auto"):
         check_choice(name.partition(":")[0], ("auto", "cuda", "mps", "cpu"), "device")
-        check_choice(dtype, ("auto", "float32", "bfloat16"), "dtype")
+        check_choice(dtype, ("auto", "float32", "bfloat16", "float16"), "dtype")
         check_choice(compile, ("auto", "on", "off"), "compile")
         available = {
             "cuda": torch.cuda.is_available(),
@@ -1819,13 +1839,16 @@ class Device:
         if "RANK" in os.environ:                        # torchrun started this process
             dist.init_process_group("nccl" if self.cuda else "gloo")
         if dtype == "auto":
-            dtype = "bfloat16" if self.cuda else "float32"
+            native = self.cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+            dtype = "bfloat16" if native else "float16" if self.cuda else "float32"
         self.dtype = getattr(torch, dtype)
+        self.scaler = torch.amp.GradScaler(self.type, enabled=dtype == "float16")
         torch.set_float32_matmul_precision("high")
         self.compiled = compile == "on" or compile == "auto" and self.cuda
         self.fused = self.type != "mps"                 # whether AdamW may be fused
         self.pin = self.cuda                            # whether batches go through pinned memory
         self.asked = False                              # to stop
+        self.meeting, self.interval, self.met = 0, 1, 0.0       # see `stopping`
         # tqdm's `disable`: bars are for the first process, None: if it has a terminal.
         self.quiet = None if self.first else True
 
@@ -1871,7 +1894,8 @@ class Device:
         return lists
 
     def step(self, optimizer):
-        optimizer.step()
+        self.scaler.step(optimizer)
+        self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
     def catch_signals(self):
@@ -1884,12 +1908,18 @@ class Device:
 
     def stopping(self, step):
         """Whether any process was asked to stop. Several must agree, and reading what they agreed
-        on waits for the device: not at every step."""
+        on waits for the device: they meet every five seconds or so, after steps of which the first
+        one says how many."""
         if self.world == 1:
             return self.asked
-        if step % 8:
+        if step < self.meeting:
             return False
-        return self.sum({"asked": torch.tensor(float(self.asked))})["asked"].item() > 0
+        seconds, self.met = time.time() - self.met, time.time()
+        steps = 5 * self.interval / max(seconds, 0.001) * self.first
+        said = self.sum({"asked": torch.tensor(float(self.asked)), "steps": torch.tensor(steps)})
+        self.interval = max(int(said["steps"].item()), 1)
+        self.meeting = step + self.interval
+        return said["asked"].item() > 0
 
     def wait(self):
         """Until all processes are here."""

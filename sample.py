@@ -266,8 +266,7 @@ def make_images(model, inputs, c):
     """[{pixels, label}]: a new image of the record's label, (H, W, C) uint8, or a clip (T, H, W, C)
     that goes on from the record's context frames; with `levels`, the losses at each of them."""
     # Every example sees the network's own estimate, as in sampling, and none is mirrored.
-    always = replace(c.diffusion, self_cond_rate=1.0, self_cond_masking=False)
-    c, batch = replace(c, diffusion=always), unmirrored(model, inputs, c)
+    c, batch = changed(c, self_cond_rate=1.0, self_cond_masking=False), unmirrored(model, inputs, c)
     losses, count = [], len(inputs.records)
     for t in inputs.levels:
         times = torch.full((count,), t, device=device_of(model))
@@ -297,7 +296,7 @@ def write_images(model, inputs, c):
 
 def unmirrored(model, inputs, c):
     """The batch of the records' own pixels."""
-    c = replace(c, data=replace(c.data, flip=False))
+    c = changed(c, flip=False)
     examples = [data.gen_example(record, c, None) for record in inputs.records]
     return data.collate("gen", c)(examples).to(device_of(model))
 
@@ -511,7 +510,7 @@ class Parser(argparse.ArgumentParser):
 
     def add_config(self, *parts, without=()):
         """An option per field of each dataclass: typed by it, its comment as help. Only those that
-        are given stand in the result (see `configured`)."""
+        are given stand in the result (see `changed`)."""
         for part in parts:
             group = self.add_argument_group(type(part).__name__)
             source = "".join(map(inspect.getsource, reversed(type(part).__mro__[:-1])))
@@ -566,15 +565,15 @@ def reader(kind):
     return read
 
 
-def given(part, args):
-    """A dataclass with those of its fields that were given on the command line."""
-    names = {f.name for f in fields(part)} & vars(args).keys()
-    return replace(part, **{name: getattr(args, name) for name in names})
+def given(part, options):
+    """A dataclass with those of its fields that a dict, such as of a command line, holds."""
+    names = {f.name for f in fields(part)} & options.keys()
+    return replace(part, **{name: options[name] for name in names})
 
 
-def configured(c, args):
-    """A Config with the options that were given."""
-    parts = {key: given(part, args) for key, part in vars(c).items() if is_dataclass(part)}
+def changed(c, **options):
+    """A Config with other values of fields, which stand in any of its parts."""
+    parts = {key: given(part, options) for key, part in vars(c).items() if is_dataclass(part)}
     return replace(c, **parts)
 
 
@@ -620,12 +619,12 @@ def main():
     add("--class", dest="class_name", metavar="NAME", help="gen: only this class (default: all)")
     parser.add_config(SampleOptions(), SamplingConfig())
     args = parser.parse(sys.argv[1:])
-    options = given(SampleOptions(), args)
+    options = given(SampleOptions(), vars(args))
     try:
         device = Device(options.device)
         path = find_checkpoint(options.ckpt)
         model, c = load_model(path, device)
-        c = configured(c, args)
+        c = changed(c, **vars(args))
         tasks = pick_tasks(options.task, c)
         report = show(model, c, tasks, options, device.generator(options.seed))
     except (OSError, ImportError, ValueError) as e:
@@ -651,7 +650,8 @@ def show_predictions(model, c, tasks, options, generator):
         records = [{"image_id": name, "image": data.load_image(name)} for name in options.images]
         prompts = [None] * len(records)
     else:
-        records, prompts = held_out(c, tasks[0], options.count or 8)
+        records, asked = held_out(c, tasks[0], options.count or 8), "det" not in c.data.tasks
+        prompts = [true_objects(record, c.categories) if asked else None for record in records]
     if options.boxes:
         boxes = [read_box(text, c) for text in options.boxes]
         prompts = [[dict(box) for box in boxes] for _ in records]
@@ -693,14 +693,10 @@ def read_box(text, c):
 
 
 def held_out(c, task, count):
-    """The first held-out records of a task; what seg and kpt are asked about in each: its true
-    objects, or None if the model detects by itself."""
-    source = data.make_source(c, "val", task)
-    items = data.EvalSet(source)
+    """The first held-out records of a task; those that cannot be read are missing."""
+    items = data.EvalSet(data.make_source(c, "val", task))
     records = [items[i] for i in range(min(count, len(items)))]
-    records = [record for record in records if not isinstance(record, str)]    # unreadable ones
-    detects, known = "det" in c.data.tasks, source.categories
-    return records, [None if detects else true_objects(record, known) for record in records]
+    return [record for record in records if not isinstance(record, str)]
 
 
 def show_samples(model, c, tasks, options, generator):
@@ -763,8 +759,7 @@ def sample_records(c, count):
     """Records to generate from: held-out ones for a network that sees images or context frames, if
     there are so many; for any other labels in turn, and black pixels."""
     if c.model.cond_frames or "pan" in c.model.TASKS:
-        source = data.make_source(c, "val", c.data.tasks[0])
-        return [dict(source[i]) for i in range(min(count, len(source)))]
+        return [dict(record) for record in held_out(c, c.data.tasks[0], count)]
     shape = (*c.model.sample_shape[1:], c.data.image_channels)
     labels = np.arange(count) % max(len(c.categories), 1)
     return [{"pixels": np.zeros(shape, np.uint8), "label": int(label)} for label in labels]

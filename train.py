@@ -12,7 +12,6 @@ Left out: model and pipeline parallelism.
     torchrun --nproc_per_node=8 train.py det_coco_vit_l --data_dir=coco
     python train.py --list                              # presets;  --help: options;  --bench: speed
 """
-import argparse
 import contextlib
 import copy
 import json
@@ -176,9 +175,10 @@ def train(c):
                 with device.autocast():
                     loss = LOSS[task](forward, batch.to(device.device), c) / totals[task]
                 # DDP averages gradients over processes, but the parts of a loss add up.
-                (loss * (device.world * task_weights[task])).backward()
+                device.scaler.scale(loss * (device.world * task_weights[task])).backward()
             losses[task] = losses[task] + loss.detach()
 
+        device.scaler.unscale_(optimizer)           # of float16
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.optim.clip_norm or math.inf)
         device.step(optimizer)
         average.update(model, step)
@@ -396,53 +396,51 @@ def adam_update(p, state, group):
     return mean / (square.sqrt() + group["eps"]) + group["weight_decay"] * p
 
 
-class LAMB(torch.optim.Optimizer):
-    """Adam with the step of each variable, decay included, scaled to the norm of the variable
-    (1904.00962). A group says how many `variables` a parameter holds, side by side: keys and values
-    of model.Attention are two; 0 takes Adam's step."""
+class Optimizer(torch.optim.Optimizer):
+    """What the two share. A group says how many `variables` a parameter holds, side by side: keys
+    and values of model.Attention are two; 0 takes Adam's step."""
 
     def __init__(self, groups, **options):
         super().__init__(groups, options)
+
+    def parameters(self):
+        """[(parameter with a gradient, its state, its group)]"""
+        return [(p, self.state[p], group) for group in self.param_groups
+                for p in group["params"] if p.grad is not None]
+
+
+class LAMB(Optimizer):
+    """Adam with the step of each variable, decay included, scaled to the norm of the variable
+    (1904.00962)."""
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            n = group["variables"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                update = adam_update(p, self.state[p], group)
-                for variable, change in zip(p.chunk(n), update.chunk(n)) if n else ():
-                    norm, length = variable.norm(), change.norm()
-                    change *= torch.where((norm > 0) & (length > 0), norm / length, 1.0)
-                p.sub_(group["lr"] * update)
+        for p, state, group in self.parameters():
+            update, n = adam_update(p, state, group), group["variables"]
+            for variable, change in zip(p.chunk(n), update.chunk(n)) if n else ():
+                norm, length = variable.norm(), change.norm()
+                change *= torch.where((norm > 0) & (length > 0), norm / length, 1.0)
+            p.sub_(group["lr"] * update)
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Optimizer):
     """Nesterov momentum whose matrices are made orthogonal (Jordan 2024, kellerjordan.github.io),
     as long as a step of Adam (2502.16982, section 2.2); tables and vectors take Adam's step."""
-
-    def __init__(self, groups, **options):
-        super().__init__(groups, options)
 
     @torch.no_grad()
     def step(self):
         alike = {}                                     # matrices of one shape are done at once
-        for group in self.param_groups:
+        for p, state, group in self.parameters():
             n = group["variables"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if not n:
-                    p.sub_(group["lr"] * adam_update(p, self.state[p], group))
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                momentum = state["momentum"].lerp_(p.grad, 0.05)
-                ahead = p.grad.lerp(momentum, 0.95).flatten(1)
-                for matrix, change in zip(p.chunk(n), ahead.chunk(n)):
-                    alike.setdefault(change.shape, []).append((matrix, change, group))
+            if not n:
+                p.sub_(group["lr"] * adam_update(p, state, group))
+                continue
+            if not state:
+                state["momentum"] = torch.zeros_like(p)
+            momentum = state["momentum"].lerp_(p.grad, 0.05)
+            ahead = p.grad.lerp(momentum, 0.95).flatten(1)
+            for matrix, change in zip(p.chunk(n), ahead.chunk(n)):
+                alike.setdefault(change.shape, []).append((matrix, change, group))
         for rows in alike.values():
             changes = orthogonal(torch.stack([change for _, change, _ in rows]))
             for (matrix, _, group), change in zip(rows, changes):
@@ -484,8 +482,7 @@ class Average:
 
 def evaluate_run(model, c, device, step, done):
     """Metrics on held-out data, and pictures of predictions in a folder in the run's."""
-    stats_dir = c.sampling.stats_dir or c.run.out
-    c = replace(c, sampling=replace(c.sampling, stats_dir=stats_dir))
+    c = sample.changed(c, stats_dir=c.sampling.stats_dir or c.run.out)
     boxes = "own" if "det" in c.data.tasks else "truth"
     metrics, _ = evaluate(
         model, c, "val", device, boxes=boxes, workers=worker_count(c),
@@ -513,7 +510,7 @@ def save_run(name, c, device, step, best, model, average, optimizer=None):
     if average.decay:
         content["ema"] = average.model.state_dict()
     if optimizer:
-        content["optimizer"] = optimizer.state_dict()
+        content |= {"optimizer": optimizer.state_dict(), "scaler": device.scaler.state_dict()}
     save(f"{c.run.out}/{name}", content)
 
 
@@ -533,6 +530,8 @@ def resume(c, device, model, average, optimizer):
             f"or --fresh")
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
+    if scaler := saved.get("scaler"):
+        device.scaler.load_state_dict(scaler)
     if average.decay:
         average.model.load_state_dict(saved["ema"])
     return saved["step"], saved["best"]
@@ -716,7 +715,7 @@ def preset(name, about, result=NOT_RUN, like=None, model=None, **changes):
     c = replace(base, model=model or base.model)
     unknown = set(changes) - {field.name for part in parts_of(c) for field in fields(part)}
     assert not unknown, f"preset {name}: no field is called {unknown}"
-    c = sample.configured(c, argparse.Namespace(**changes))
+    c = sample.changed(c, **changes)
     PRESETS[name] = Preset(c, about, result)
 
 
@@ -1310,8 +1309,8 @@ def parse(argv):
     c = PRESETS[name].config
     parser.add_config(*parts_of(c))
     args = parser.parse(argv)
-    c = sample.configured(c, args)
-    return replace(c, run=replace(c.run, out=c.run.out or f"out/{name}")), args
+    c = sample.changed(c, **vars(args))
+    return sample.changed(c, out=c.run.out or f"out/{name}"), args
 
 
 def main():
@@ -1345,7 +1344,7 @@ def bench(c):
     """Median times of training and of prediction on this machine."""
     device = Device(c.run.device, c.run.dtype, c.run.compile)
     c, sources = prepare(c, device)
-    c = replace(c, optim=replace(c.optim, steps=10 ** 6))          # batches must not run out
+    c = sample.changed(c, steps=10 ** 6)          # batches must not run out
     model = make_model(c, device)
     optimizer = make_optimizer(model.named_parameters(), c.optim, device.fused)
     forward = device.wrap(model)
@@ -1360,7 +1359,7 @@ def bench(c):
             return sum(LOSS[task](forward, batch.to(device.device), c) for task, batch in parts)
 
     def step():
-        loss().backward()
+        device.scaler.scale(loss()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         device.step(optimizer)
 

@@ -1,4 +1,3 @@
-import argparse
 import itertools
 import json
 import os
@@ -12,7 +11,7 @@ from PIL import Image
 import data
 from data import Coco, DataError, EvalSet, Shapes, TrainStream
 from model import Pix2SeqConfig
-from sample import configured
+from sample import changed
 from tokenizer import FAKE_LABEL, Vocab
 from train import Config
 
@@ -20,7 +19,7 @@ from train import Config
 def options(size=64, **fields):
     """A configuration for images of `size` px; fields as on the command line."""
     c = Config(model=Pix2SeqConfig(image_size=(size, size)), vocab=Vocab(100, 110, 210))
-    return configured(c, argparse.Namespace(**fields))
+    return changed(c, **fields)
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -43,7 +42,7 @@ def configuration(**fields):
         "caption_length": 60,
     }
     c = Config(model=MODEL, categories=tuple(data.Shapes("val").categories))
-    return sample.configured(c, SimpleNamespace(**(defaults | fields)))
+    return sample.changed(c, **(defaults | fields))
 
 
 def evaluate(model, c, tasks=None, **options):

@@ -29,7 +29,7 @@ from diffusion import (
     x0_to_pixels,
 )
 from model import FIT, RIN, Device, FITConfig, RINConfig, UNet, UNetConfig, build, load
-from sample import configured, load_model
+from sample import changed, load_model
 from train import PRESETS, Config, OptimConfig, make_optimizer
 
 TINY_UNET = UNetConfig(
@@ -43,7 +43,7 @@ GENERATORS = {
 
 
 def recipe(model, **fields):
-    return configured(Config(model=model), SimpleNamespace(tasks=("gen",), **fields))
+    return changed(Config(model=model), tasks=("gen",), **fields)
 
 
 def batch_of(pixels, labels):
@@ -211,7 +211,7 @@ def shrunk(c):
         sample_size=size, num_classes=classes, steps=2, warmup_steps=1, batch_size=4, workers=0,
         eval_every=0, save_every=1, log_every=1, sample_steps=2, eval_samples=4, val_count=4,
         proxy_classifier=False, device="cpu", pictures=1)
-    return configured(replace(c, model=m), SimpleNamespace(**options))
+    return changed(replace(c, model=m), **options)
 
 
 def write_data(kind, folder):
@@ -240,8 +240,7 @@ def write_data(kind, folder):
 @pytest.mark.parametrize("name", GENERATORS)
 def test_every_generating_preset_shrunk_trains_resumes_and_samples(name, tmp_path, monkeypatch):
     write_data(GENERATORS[name].data.data, tmp_path)
-    options = SimpleNamespace(out=str(tmp_path / "run"), data_dir=str(tmp_path))
-    c = configured(shrunk(GENERATORS[name]), options)
+    c = changed(shrunk(GENERATORS[name]), out=str(tmp_path / "run"), data_dir=str(tmp_path))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with monkeypatch.context() as patch:               # asked to stop after the first step
         patch.setattr(Device, "stopping", lambda self, step: step == 1)

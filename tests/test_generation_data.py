@@ -1,4 +1,3 @@
-import argparse
 import gzip
 import os
 import struct
@@ -14,14 +13,14 @@ import data
 from data import COLORS, KINDS, ClipFolder, DataError, PixelArrays, ShapeClips, TrainStream
 from diffusion import pixels_to_x0, x0_to_pixels
 from model import Pix2SeqConfig, RINConfig
-from sample import configured
+from sample import changed
 from train import Config
 
 
 def options(size=(8, 8), frames=1, cond_frames=0, **fields):
     """A configuration for generating images or clips."""
     model = RINConfig(sample_size=size, frames=frames, cond_frames=cond_frames)
-    return configured(Config(model=model), argparse.Namespace(tasks=("gen",), **fields))
+    return changed(Config(model=model), tasks=("gen",), **fields)
 
 
 def write_images(folder, names, pixels=lambda i: np.full((10, 10, 3), 10 * i, np.uint8)):

@@ -5,7 +5,6 @@ import math
 import os
 import sys
 from dataclasses import asdict, replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,7 +31,7 @@ def configuration(model=MODEL, **fields):
     """Of a model that generates drawn shapes."""
     defaults = {"tasks": ("gen",), "val_count": 40, "eval_samples": 24, "sample_steps": 2}
     c = Config(model=model, categories=tuple(data.ShapeClips("val").categories))
-    return sample.configured(c, SimpleNamespace(**(defaults | fields)))
+    return sample.changed(c, **(defaults | fields))
 
 
 def evaluate(model, c, **options):

@@ -240,6 +240,34 @@ def test_sizes_are_printed_for_every_network(capsys):
     assert [len(row) for row in rows if row[0] in ("RIN", "fit_b")] == [3, 2]
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_of_a_large_vocabulary_is_computed_in_parts(tiny_model, smoothing):
+    decoder, rows = tiny_model.decoder, []
+    x, targets = torch.randn(2, 3, 7, 32, generator=seeded(0)), torch.randint(210, (2, 3, 7))
+    weights = torch.rand(2, 3, 7)
+
+    def losses_and_gradients(most):
+        leaf = x.clone().requires_grad_()
+        losses = m.output_losses(decoder, leaf, targets, smoothing, most)
+        inputs = leaf, decoder.unembed, decoder.bias
+        return losses.detach(), *torch.autograd.grad((losses * weights).sum(), inputs)
+
+    whole = losses_and_gradients(most=1 << 24)
+    assert torch.equal(whole[0], m.token_losses(decoder.scores(x), targets, smoothing))
+    scores = decoder.scores
+    decoder.scores = lambda x: rows.append(len(x)) or scores(x)
+    parts = losses_and_gradients(most=5 * 210 + 9)
+    assert sorted(rows) == [2, 2] + [5] * 16, "42 tokens, forward and in the backward pass"
+    for a, b in zip(parts, whole):
+        assert (a - b).abs().max() < 2e-6
+
+
+def test_a_network_gives_its_losses_in_place_of_logits(tiny_model):
+    images, tokens = torch.rand(2, 3, 32, 32), torch.randint(210, (2, 3, 9))
+    losses = tiny_model(images, tokens, tokens.flip(-1), 0.1)
+    assert torch.equal(losses, m.token_losses(tiny_model(images, tokens), tokens.flip(-1), 0.1))
+
+
 def test_sampling_follows_the_softmax():
     probs = torch.tensor([0.5, 0.3, 0.2])
     tokens = sample_token(probs.log().expand(20_000, 3), generator=seeded(0))
@@ -391,7 +419,8 @@ def test_a_file_from_a_stranger_runs_no_code(tmp_path):
 
 @pytest.mark.parametrize("wrong, words", [
     (dict(name="gpu"), "unknown device 'gpu', expected one of auto, cuda, mps, cpu"),
-    (dict(dtype="float16"), "unknown dtype 'float16', expected one of auto, float32, bfloat16"),
+    (dict(dtype="float64"),
+     "unknown dtype 'float64', expected one of auto, float32, bfloat16, float16"),
     (dict(compile="yes"), "unknown compile 'yes', expected one of auto, on, off"),
 ])
 def test_an_unknown_device_dtype_or_compile_lists_the_choices(wrong, words):
@@ -443,6 +472,30 @@ def test_random_numbers_of_a_device_are_its_own():
     with device.fork_rng(4):
         c = torch.rand(3)
     assert torch.equal(a, b) and torch.equal(a, c) and torch.equal(torch.rand(3), expected)
+
+
+def test_processes_meet_every_five_seconds_to_agree_on_stopping(monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(m.time, "time", lambda: clock[0])
+    device, meetings = Device("cpu"), []
+    device.world, device.sum = 2, lambda values: meetings.append(step) or values
+
+    def stops(steps, seconds):
+        nonlocal step
+        for _ in range(steps):
+            step, clock[0] = step + 1, clock[0] + seconds
+            if device.stopping(step):
+                return step
+
+    step = -1
+    stops(300, seconds=0.125)
+    assert meetings == [0, 1, *range(41, 300, 40)]
+    stops(100, seconds=4.0)
+    assert meetings[-10:] == list(range(390, 400)), "slow steps end one by one"
+    device.asked, asked = True, step
+    assert stops(5, seconds=4.0) == asked + 1
+    device.asked, device.first = False, False
+    assert stops(9, seconds=0.1) is None and device.interval == 1, "the first one says how many"
 
 
 def test_a_signal_asks_to_stop():

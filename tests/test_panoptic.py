@@ -5,7 +5,6 @@ import math
 import os
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ import sample
 import train
 from data import DataError, ShapeMaps
 from model import Device, Panoptic, PanopticConfig, adapt_weights, load_weights
-from sample import Config, configured
+from sample import Config, changed
 from train import PRESETS
 
 TINY = PanopticConfig(
@@ -36,9 +35,9 @@ CATEGORIES = [
 
 def recipe(model=TINY, **fields):
     c = Config(model=model, categories=tuple(CATEGORIES))
-    return configured(c, SimpleNamespace(
-        bits="ids", pred_type="x_softmax_xent", b_scale=0.1, scale_min=1.0, scale_max=1.0,
-        flip=False, color_jitter=0.0, **fields))
+    return changed(
+        c, bits="ids", pred_type="x_softmax_xent", b_scale=0.1, scale_min=1.0, scale_max=1.0,
+        flip=False, color_jitter=0.0, **fields)
 
 
 def row(category, **more):
@@ -491,8 +490,9 @@ def test_features_are_merged_until_they_are_as_large_as_the_masks():
     (dict(pred_type="x"), "softmax_groups belong together"),
 ])
 def test_what_does_not_fit_is_said_before_the_first_step(change, words, tmp_path):
-    c = configured(train.PRESETS["pan_shapes"].config, SimpleNamespace(
-        channels=16, out=str(tmp_path), device="cpu", steps=1, **change))
+    c = changed(
+        train.PRESETS["pan_shapes"].config, channels=16, out=str(tmp_path), device="cpu", steps=1,
+        **change)
     with pytest.raises(ValueError, match=words):
         train.prepare(c, Device("cpu"))
 
@@ -576,9 +576,10 @@ def test_every_panoptic_preset_shrunk_trains_resumes_and_evaluates(name, tmp_pat
     elif kind != "shapes":
         for split in ("train", "val"):
             video_files(tmp_path, kind, split=split)
-    c = configured(replace(c, model=shrunk), SimpleNamespace(
-        steps=2, batch_size=2, workers=0, val_count=2, clip_frames=3, sample_steps=2, min_pixels=1,
-        warmup_steps=1, device="cpu", pictures=1, max_shapes=2, **options))
+    c = changed(
+        replace(c, model=shrunk), steps=2, batch_size=2, workers=0, val_count=2, clip_frames=3,
+        sample_steps=2, min_pixels=1, warmup_steps=1, device="cpu", pictures=1, max_shapes=2,
+        **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Device, "stopping", lambda self, step: step == 1)
         assert train.train(c) is None

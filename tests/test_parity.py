@@ -9,7 +9,6 @@ import json
 import math
 import os
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -40,7 +39,7 @@ from model import (
     to_patches,
     token_losses,
 )
-from sample import Config, configured
+from sample import Config, changed
 from tokenizer import Vocab
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -488,12 +487,12 @@ def check_panoptic(g):
     video, r = "in:frames" in g.npz, g.config["model"]
     network = Panoptic(panoptic_config(g.config)).eval()
     load_reference_weights(network, g.weights)
-    c = configured(Config(model=network.config), SimpleNamespace(
-        bits="ids", b_scale=r["b_scale"], pred_type=r["pred_type"],
+    c = changed(
+        Config(model=network.config), bits="ids", b_scale=r["b_scale"], pred_type=r["pred_type"],
         normalize_input=r["normalize_noisy_input"],
         train_schedule=r["train_schedule"], sample_schedule=r["infer_schedule"], td=r["td"],
         sampler=r["sampler"], sample_steps=r["iterations"], later_steps=r.get("iterations_2", 0),
-        max_segments=g.config["task"].get("max_instances_per_image", 100)))
+        max_segments=g.config["task"].get("max_instances_per_image", 100))
     classes = g.config.get("dataset", {}).get("num_classes", 134)           # COCO's, and 0
     c = replace(c, categories=({},) * (classes - 1))
     d, maps = c.diffusion, channels_first(g["in:label_map"]).long()         # (B, 2, H, W)

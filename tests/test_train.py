@@ -29,7 +29,7 @@ from model import (
     save,
     token_losses,
 )
-from sample import configured, load_model
+from sample import changed, load_model
 from tokenizer import Vocab, encode_detection
 from train import PRESETS, Config, OptimConfig, parse
 
@@ -43,7 +43,7 @@ SMALL = [
 def small_config(folder, **changes):
     """The configuration of SMALL, for runs in this process."""
     c, _ = parse([*SMALL, f"--out={folder}"])
-    return configured(c, SimpleNamespace(**changes))
+    return changed(c, **changes)
 
 
 def logged(folder):
@@ -137,7 +137,7 @@ def test_every_preset_shrunk_takes_a_step_and_evaluates(name, tmp_path):
     if c.data.data == "coco":
         data.export_shapes(str(tmp_path), 4, 64, 0, "jpg")
         options["data_dir"] = str(tmp_path)
-    metrics = train.train(configured(replace(c, model=shrunk), SimpleNamespace(**options)))
+    metrics = train.train(changed(replace(c, model=shrunk), **options))
     assert set(metrics) == set(c.data.tasks)
     assert all(0 <= next(iter(numbers.values())) <= 1 for numbers in metrics.values()), metrics
     _, found = load_model(str(tmp_path / "run/best.pt"), Device("cpu"))
@@ -323,6 +323,20 @@ def test_an_interrupted_run_ends_bit_identical_to_an_uninterrupted_one(how, fini
     assert same_weights(folder, finished[0]) and losses(folder) == losses(finished[0])
 
 
+def test_float16_scales_its_losses_and_goes_on_with_that_scale(tmp_path, monkeypatch):
+    for folder in ("whole", "parts"):
+        c = small_config(tmp_path / folder, dtype="float16", pictures=0)
+        if folder == "parts":
+            with monkeypatch.context() as patch:
+                patch.setattr(train.Device, "stopping", lambda self, step: step == 3)
+                assert train.train(c) is None
+        train.train(c)
+    whole, parts = (load(f"{tmp_path}/{folder}/last.pt")["scaler"] for folder in ("whole", "parts"))
+    assert whole == parts and whole["scale"] > 1 and whole["_growth_tracker"] > 3
+    assert same_weights(tmp_path / "whole", tmp_path / "parts")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+
+
 def test_an_evaluation_that_fails_loses_nothing_and_is_made_up_for(tmp_path, monkeypatch):
     c = small_config(tmp_path / "run", eval_every=3, save_every=3)
 
@@ -468,7 +482,7 @@ def test_another_vocabulary_or_network_is_not_started_from(finished, tmp_path):
     start = dict(init_from=finished[0], out=str(tmp_path / "run"), adapt=True)
     with pytest.raises(ValueError, match="has coord_shift 110, not 109"):
         train.train(small_config(tmp_path / "run", coord_shift=109, **start))
-    c = configured(PRESETS["gen_shapes"].config, SimpleNamespace(device="cpu", **start))
+    c = changed(PRESETS["gen_shapes"].config, device="cpu", **start)
     with pytest.raises(ValueError, match="holds a Pix2Seq, not a UNet"):
         train.train(c)
 
