@@ -977,7 +977,7 @@ class EvalOptions(sample.Options):
     truth_masks: str = ""               # its PNGs; of results of videos their folder
     batch_size: int = 16                # items at a time
     workers: int = min(4, (os.cpu_count() or 1) - 1)        # processes that load data
-    dtype: str = "float32"              # float32 or bfloat16
+    dtype: str = "float32"              # float32, bfloat16 or float16
     out: str = ""                       # start of the names of the files; empty: the checkpoint's
 
 

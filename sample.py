@@ -726,7 +726,7 @@ def show_samples(model, c, tasks, options, generator):
         if options.strip and first == 0:
             part.callback = lambda pixels: steps.append(pixels[:8].movedim(1, -1).cpu().numpy())
         predictions += predict(model, part, c, tasks)
-    if options.complete:                                  # first what the model was given
+    if options.complete:                               # first what the model was given
         predictions.insert(0, {"pixels": pixels})
     pictures = [draw_grid(predictions, f"{options.out}/samples")]
     if c.model.cond_frames:
