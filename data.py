@@ -1833,33 +1833,27 @@ class ClipFolder(Source):
 
         depth = int(videos)                            # of the folders of images, without classes
         by_class = not any(names for _, names in image_folders(root, depth))
-        train = f"{folder}/train"
+        train, self.clips = f"{folder}/train", []      # (folder, names of frames, label)
         self.classes = listing(train if divided else root)[0] if by_class else []
-        clips, label = [], -1                          # (folder, names of frames, label)
         for path, names in image_folders(root, depth + by_class):
-            if by_class:
-                name = os.path.relpath(path, root).split(os.sep)[0]
-                if name not in self.classes:
-                    known = ", ".join(self.classes[:5]) or "none"
-                    raise DataError(
-                        f"{root}/{name}: a class that is not in {train}, which has {known}")
-                label = self.classes.index(name)
-            if videos:
-                clips.append((path, sorted(names, key=len), label))
-            else:
-                clips += [(path, [name], label) for name in share(names)]
+            name = os.path.relpath(path, root).split(os.sep)[0]
+            if by_class and name not in self.classes:
+                known = ", ".join(self.classes[:5]) or "none"
+                raise DataError(
+                    f"{root}/{name}: a class that is not in {train}, which has {known}")
+            names = sorted(names, key=len) if videos else share(names)
+            self.clips.append((path, names, self.classes.index(name) if by_class else -1))
         if videos:
-            short = [path for path, names, _ in clips if len(names) < self.frames]
+            short = [path for path, names, _ in self.clips if len(names) < self.frames]
             if short:
-                warnings.warn(f"{root}: left out {len(short)} of {len(clips)} videos, shorter than "
-                              f"{self.frames} frames, such as {short[0]}")
-            clips = share([clip for clip in clips if len(clip[1]) >= self.frames])
-        self.clips = clips
-        if not self.clips:
-            kind = f"video of {self.frames} frames or more" if videos else "image"
-            raise DataError(f"{root}: no {kind} for {split}, expected {layout}")
+                warnings.warn(f"{root}: left out {len(short)} of {len(self.clips)} videos, shorter "
+                              f"than {self.frames} frames, such as {short[0]}")
+            self.clips = share([clip for clip in self.clips if len(clip[1]) >= self.frames])
         windows = [len(names) - self.frames + 1 for _, names, _ in self.clips]
         self.ends = np.cumsum(windows)
+        if not sum(windows):
+            kind = f"video of {self.frames} frames or more" if videos else "image"
+            raise DataError(f"{root}: no {kind} for {split}, expected {layout}")
 
     def __len__(self):
         return int(self.ends[-1])

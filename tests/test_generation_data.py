@@ -289,7 +289,7 @@ def test_every_twentieth_image_is_held_out(tmp_path):
     write_images(tmp_path / "many", [f"{i:02}.png" for i in range(25)])
     write_images(tmp_path / "one", ["a.png"])
     names = {
-        split: [clip[1][0] for clip in ClipFolder(tmp_path, split, (8, 8)).clips]
+        split: sum((names for _, names, _ in ClipFolder(tmp_path, split, (8, 8)).clips), [])
         for split in ("train", "val")
     }
     assert names["val"] == ["00.png", "20.png"] and len(names["train"]) == 24
