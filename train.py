@@ -89,7 +89,7 @@ class RunConfig:
     out: str = ""                       # folder of the run (default: out/PRESET)
     fresh: bool = False                 # start again, moving an earlier run in that folder aside
     device: str = "auto"                # auto, cuda, mps or cpu
-    dtype: str = "auto"                 # auto (cuda: bfloat16, or float16), float32, bfloat16, float16
+    dtype: str = "auto"                 # auto (cuda: bfloat16, float16), float32, bfloat16, float16
     compile: str = "auto"               # torch.compile: auto (on cuda), on or off
     workers: int = -1                   # processes that load data; -1: by the number of cores
     accumulate: int = 1                 # parts that a batch is computed in: less memory
