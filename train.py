@@ -1030,7 +1030,7 @@ preset(
 preset(
     "pan_shapes",
     "panoptic masks of drawn scenes, 64 px",
-    result="PQ 0.65 on test, one seed",
+    result="PQ 0.71 after 10.1 minutes, on test, three seeds",
     like="gen_shapes",
     model=PanopticConfig(
         image_size=(64, 64), encoder="vit", patch_size=4, enc_layers=2, enc_dim=96, enc_mlp=192,
