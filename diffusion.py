@@ -672,9 +672,10 @@ def instance_weights(ids, power=0.2, max_instances=256):
 
 
 def majority_vote(classes, ids, min_pixels=0, split_pixels=0):
-    """Each instance of one image takes the class of most of its pixels (in a tie the smallest); so
-    many as split_pixels of another class are one of that (0: none are). Those with fewer than
-    min_pixels pixels, or of class 0, become (0, 0). Integer maps (H, W) -> (classes, ids)."""
+    """Each instance of one image takes the class of most of its pixels (in a tie the smallest),
+    but a part of split_pixels or more of another class keeps that (0: none does). Instances with
+    fewer than min_pixels pixels, or of class 0, become (0, 0). Integer maps (H, W) -> (classes,
+    ids)."""
     n_classes = int(classes.max()) + 1
     n_ids = int(ids.max()) + 1
     pairs = ids * n_classes + classes

@@ -71,7 +71,7 @@ class SamplingConfig:
     self_cond_decay: float = 0.0        # gen: weight of the past in self-conditioning
     eval_samples: int = 200             # gen: samples per evaluation
     min_pixels: int = 40                # pan, vps: smaller instances are left out
-    split_pixels: int = 0               # pan, vps: so many of a class are an instance; 0: never
+    split_pixels: int = 0               # pan, vps: so large a part of another class stays; 0: none
     proxy_classifier: bool = False      # gen: train a small classifier that scores the samples
     inception: str = ""                 # gen: TorchScript file for FID: inception-2015-12-05.pt
     i3d: str = ""                       # gen: TorchScript file for FVD: i3d_torchscript.pt
@@ -311,8 +311,8 @@ def made(inputs, pixels, key, rows):
 
 @torch.no_grad()
 def make_maps(model, inputs, c):
-    """[{maps, sizes}]: of each frame of a record the class and instance of each pixel, uint8
-    (T, 2, h, w), as large as the model's masks; see `full_map`."""
+    """[{id, name, maps, segments}]: of each frame of a record the class and instance of each pixel,
+    see `map_prediction`."""
     views = [data.eval_view(data.whole(record["images"][0]), c.model.image_size)
              for record in inputs.records]
     lengths = [len(record["images"]) for record in inputs.records]

@@ -397,8 +397,8 @@ def adam_update(p, state, group):
 
 
 class Optimizer(torch.optim.Optimizer):
-    """What the two share. A group says how many `variables` a parameter holds, side by side: keys
-    and values of model.Attention are two; 0 takes Adam's step."""
+    """What LAMB and Muon share. A group says how many `variables` a parameter holds, side by side:
+    keys and values of model.Attention are two; 0 takes Adam's step."""
 
     def __init__(self, groups, **options):
         super().__init__(groups, options)
@@ -1030,7 +1030,7 @@ preset(
 preset(
     "pan_shapes",
     "panoptic masks of drawn scenes, 64 px",
-    result="PQ 0.71 after 10.1 minutes, on test, three seeds",
+    result="PQ 0.71 after some 10 minutes, on test, three seeds",
     like="gen_shapes",
     model=PanopticConfig(
         image_size=(64, 64), encoder="vit", patch_size=4, enc_layers=2, enc_dim=96, enc_mlp=192,

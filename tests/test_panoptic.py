@@ -539,6 +539,9 @@ def test_a_full_map_is_as_large_as_its_image_and_keeps_large_instances():
     full = sample.full_map(mask, view, (64, 64), sample.SamplingConfig(min_pixels=20))
     assert full.shape == (64, 64) and np.unique(full).tolist() == [0, 2 * 256 + 7]
     assert (full[:, :32] > 0).all() and not full[:, 32:].any()
+    options = sample.SamplingConfig(min_pixels=20, split_pixels=16)       # the stray one has 16
+    parted = sample.full_map(mask, view, (64, 64), options)
+    assert np.unique(parted).tolist() == [0, 256 + 7, 2 * 256 + 7] and (parted == 263).sum() == 16
     assert np.array_equal(sample.read_map(sample.as_png(full)), [full >> 8, full & 255])
 
 
