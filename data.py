@@ -20,9 +20,11 @@ import itertools
 import json
 import math
 import os
+import pickle
 import signal
 import warnings
 import zlib
+from array import array
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from typing import NamedTuple
@@ -139,8 +141,7 @@ class View:
     def image(self, image, method=Image.BILINEAR):
         """PIL RGB -> uint8 (canvas height, canvas width, 3), zero outside of (height, width)."""
         box = self.left, self.top, self.right, self.bottom
-        part = image.resize((self.width, self.height), method, box=box)
-        part = np.asarray(part)
+        part = np.asarray(image.resize((self.width, self.height), method, box=box))
         if self.flip:
             part = part[:, ::-1]
         pixels = np.zeros((*self.canvas, *part.shape[2:]), part.dtype)
@@ -152,7 +153,7 @@ class View:
         size = self.bottom - self.top, self.right - self.left
         yx = (yx - (self.top, self.left)) / size
         if self.flip:
-            return np.stack([yx[..., 0], 1 - yx[..., 1]], -1)
+            yx[..., 1] = 1 - yx[..., 1]
         return yx
 
     def to_canvas(self, yx):
@@ -197,16 +198,14 @@ def view_boxes(view, boxes):
     """(N, 4) yxyx pixels -> (N, 4) yxyx fractions of the view's rectangle, clipped to it; empty if
     outside."""
     corners = view.to_view(boxes.reshape(-1, 2, 2))
-    yxyx = np.hstack([corners.min(1), corners.max(1)])
-    return yxyx.clip(0, 1)
+    return np.hstack([corners.min(1), corners.max(1)]).clip(0, 1)
 
 
 def pad_objects(view, boxes, labels, count):
     """At most `count` boxes (N, 4), fractions of the view, and labels (N,) -> arrays of `count`
     rows, boxes as fractions of the canvas."""
-    corners = view.to_canvas(boxes.reshape(-1, 2, 2))
     padded_boxes = np.zeros((count, 4), np.float32)
-    padded_boxes[:len(boxes)] = corners.reshape(-1, 4)
+    padded_boxes[:len(boxes)] = view.to_canvas(boxes.reshape(-1, 2, 2)).reshape(-1, 4)
     padded_labels = np.full(count, tokenizer.PAD_LABEL)
     padded_labels[:len(labels)] = labels
     return {"boxes": padded_boxes, "labels": padded_labels}
@@ -268,15 +267,20 @@ def noise_boxes(boxes, count, rng):
 
 def det_batch(x, c):
     """Stacked examples -> the tokens of a Batch."""
-    tokens = tokenizer.encode_detection(
+    return tokenizer.encode_detection(
         x["boxes"], x["labels"], c.vocab, x["corrupt"],
         c.data.noise_weight, c.data.pad_weight)
-    return tokens._asdict()
 
 
 def collate(task, c):
     """A task's function of examples -> Batch. (A partial, so that workers can be sent it.)"""
     return partial(collate_examples, task, c)
+
+
+def collate_parts(c, parts):
+    """Items of Streams, of one task -> it and its Batch."""
+    (task, *_), examples = zip(*parts)
+    return task, collate_examples(task, c, examples)
 
 
 def collate_examples(task, c, examples):
@@ -285,27 +289,26 @@ def collate_examples(task, c, examples):
         values = [example[key] for example in examples]
         x[key] = values if isinstance(value, list) else torch.from_numpy(np.stack(values))
     skipped = tuple(itertools.chain(*x.pop("skipped", ())))
-    fields = COLLATE[task](x, c)
-    return Batch(
-        **fields,
-        images=x.get("image"),
-        sizes=x.get("size"),
-        skipped=skipped)
+    batch = Batch(**COLLATE[task](x, c)._asdict())
+    return batch._replace(images=x.get("image"), sizes=x.get("size"), skipped=skipped)
 
 
 # --------------------------------------------------------------------------------------------------
 # streams: which example comes when
 
+@dataclass
 class TrainStream(Dataset):
     """Example number p of an endless, shuffled stream of one task's. An unreadable image is
     replaced by the next one."""
+    source: "Source"
+    task: str
+    c: object                                          # a configuration
+    seed: int
 
-    def __init__(self, source, task, c, seed):
-        self.source, self.task = source, task
-        self.c, self.seed = c, seed
-        self.count = source.count(task)
+    def __post_init__(self):
+        self.count = self.source.count(self.task)
         if self.count == 0:
-            raise DataError(f"the training data has nothing to learn {task} from")
+            raise DataError(f"the training data has nothing to learn {self.task} from")
 
     def index(self, p):
         """Which of the source's training examples is number p of the stream: each once an epoch."""
@@ -329,22 +332,34 @@ class TrainStream(Dataset):
 
 
 @dataclass
+class Streams(Dataset):
+    """TrainStreams by task: item (task, p) is the task and its example number p."""
+    streams: dict
+
+    def __getitem__(self, item):
+        task, p = item
+        return task, self.streams[task][p]
+
+
+@dataclass
 class MicroBatches:
-    """Batch sampler: from step `start` on, which numbers of the stream this process learns from,
-    in `parts` micro-batches a step. A micro-batch is every (world x parts)-th of the global batch:
-    how many processes share it changes nothing in it."""
+    """Batch sampler: from step `start` on, which examples (task, p) this process learns from, of
+    each task that has started in `parts` micro-batches a step. A micro-batch is every (world x
+    parts)-th of the global batch: how many processes share it changes nothing in it."""
     start: int
     steps: int
-    batch: int
+    tasks: dict                                        # task: (images of a batch, first step)
     parts: int = 1
     rank: int = 0
     world: int = 1
 
     def __iter__(self):
         for step in range(self.start, self.steps):
-            for part in range(self.parts):
-                first = step * self.batch + self.rank * self.parts + part
-                yield range(first, (step + 1) * self.batch, self.world * self.parts)
+            for task, (batch, begins) in self.tasks.items():
+                for part in range(self.parts if step >= begins else 0):
+                    first = step * batch + self.rank * self.parts + part
+                    numbers = range(first, (step + 1) * batch, self.world * self.parts)
+                    yield [(task, p) for p in numbers]
 
 
 def make_loader(dataset, batch_sampler, collate_fn, workers, pin=False):
@@ -387,11 +402,10 @@ def ignore_interrupts(worker):
 # --------------------------------------------------------------------------------------------------
 # what a model is evaluated on
 
+@dataclass
 class EvalSet(Dataset):
     """Record i of a source; of an unreadable image only the message, a str."""
-
-    def __init__(self, source):
-        self.source = source
+    source: "Source"
 
     def __len__(self):
         return len(self.source)
@@ -421,7 +435,7 @@ def seg_example(record, c, rng):
     view = train_view(
         whole(image), c.model.image_size, rng, d.instance_scale_min, d.instance_scale_max, d.flip)
     boxes = view_boxes(view, record["boxes"])
-    has_polygons = np.array([bool(polygons) for polygons in record["polygons"]], bool)
+    has_polygons = np.array(list(map(bool, record["polygons"])), bool)
     usable = visible(boxes) & ~record["iscrowd"] & has_polygons
     order = rng.permutation(np.flatnonzero(usable))[:d.max_instances]
     objects = pad_objects(view, boxes[order], record["labels"][order], d.max_instances)
@@ -431,13 +445,12 @@ def seg_example(record, c, rng):
 
 
 def seg_batch(x, c):
-    tokens = tokenizer.encode_instances(
+    return tokenizer.encode_instances(
         tokenizer.PROMPT_SEG,
         x["boxes"],
         x["labels"],
         x["points"],
         c.vocab)
-    return tokens._asdict()
 
 
 def polygon_points(view, objects, count, most):
@@ -474,7 +487,7 @@ def thin_polygons(polygons, most):
 def polygon_area(points):
     """Area inside a polygon (P, 2), by the shoelace formula."""
     y, x = points.T
-    other_y, other_x = points[np.arange(len(points)) - 1].T          # the end of each side
+    other_y, other_x = np.roll(points, 1, 0).T         # the other end of each side
     return 0.5 * abs(x @ other_y - y @ other_x)
 
 
@@ -494,7 +507,7 @@ def kpt_example(record, c, rng):
 
 
 def kpt_batch(x, c):
-    tokens = tokenizer.encode_instances(
+    return tokenizer.encode_instances(
         tokenizer.PROMPT_KPT,
         x["boxes"],
         x["labels"],
@@ -503,7 +516,6 @@ def kpt_batch(x, c):
         x["mask"],
         c.data.invisible_weight,
         pad_weight=0.0)
-    return tokens._asdict()
 
 
 def around_box(image, box, margin):
@@ -511,8 +523,7 @@ def around_box(image, box, margin):
     the image."""
     size = np.tile(box[2:] - box[:2], 2)
     box = box + size * (-margin, -margin, margin, margin)
-    _, _, height, width = whole(image)
-    return tuple(box.clip(0, (height, width) * 2).tolist())
+    return tuple(box.clip(0, whole(image)[2:] * 2).tolist())
 
 
 def keypoint_points(view, keypoints):
@@ -549,7 +560,7 @@ def cap_batch(x, c):
         drop.flatten(0, 1),
         d.caption_drop,
         pad_weight=d.caption_pad_weight)
-    return {key: rows.view_as(drop) for key, rows in tokens._asdict().items()}
+    return tokenizer.Tokens(*(rows.view_as(drop) for rows in tokens))
 
 
 def jitter_colors(image, strength, rng):
@@ -593,7 +604,7 @@ def gen_batch(x, c):
         cond["frames"] = pixels[:, :, :first].contiguous()
     B, C = pixels.shape[:2]
     targets = pixels[:, :, first:].reshape(B, C, *c.model.sample_shape[1:])    # an image: no T
-    return {"targets": targets.contiguous(), "weights": torch.ones(B), "cond": cond}
+    return Batch(targets.contiguous(), torch.ones(B), cond=cond)
 
 
 def clip_shape(c):
@@ -633,9 +644,8 @@ def id_maps(record, view, c, rng):
     labelled = np.flatnonzero([row["category_id"] for row in rows])
     chosen = rng.permutation(labelled)[:most]
     table = np.zeros((len(rows), 3), np.uint8)
-    table[chosen, 0] = [rows[n]["category_id"] for n in chosen]
-    table[chosen, 1] = rng.permutation(most)[:len(chosen)] + 1
-    table[chosen, 2] = [not rows[n].get("iscrowd") for n in chosen]
+    for n, instance in zip(chosen, rng.permutation(most) + 1):
+        table[n] = rows[n]["category_id"], instance, not rows[n].get("iscrowd")
     return np.moveaxis(table[places.reshape(numbers.shape)], -1, 1)
 
 
@@ -651,7 +661,7 @@ def map_batch(x, c):
     cond = {"known": x["known"]}
     if c.model.past_frames:
         cond["past"] = x["past"]
-    return {"targets": x["map"], "weights": torch.ones(len(x["map"])), "cond": cond}
+    return Batch(x["map"], torch.ones(len(x["map"])), cond=cond)
 
 
 # (record, c, rng) -> arrays of one example. A new row comes last: its place seeds augmentation.
@@ -665,7 +675,7 @@ EXAMPLES = {
     "pan": map_example,
     "vps": map_example,
 }
-COLLATE = {                                            # (stacked examples, c) -> fields of a Batch
+COLLATE = {                            # (stacked examples, c) -> Tokens, or a Batch without images
     "det": det_batch,
     "seg": seg_batch,
     "kpt": kpt_batch,
@@ -689,7 +699,7 @@ def make_source(c, split, task="det"):
     if c.data.data not in choices:
         raise DataError(
             f"data is {c.data.data!r}, expected one of {', '.join(choices)} for the task {task}")
-    return choices[c.data.data](c, split, task)
+    return choices[c.data.data](c, split)
 
 
 class Source:
@@ -701,8 +711,9 @@ class Source:
     @cached_property
     def categories(self):
         """[{id, name, label, maybe keypoints and skeleton}]"""
-        numbered = enumerate(self.classes, self.first_label)
-        return [{"id": i, "name": name, "label": i} for i, name in numbered]
+        return [
+            {"id": i, "name": name, "label": i}
+            for i, name in enumerate(self.classes, self.first_label)]
 
     def count(self, task):
         """How many training examples there are of a task."""
@@ -713,7 +724,7 @@ class Source:
         return self.person(i) if task in PER_PERSON else self[i]
 
 
-SPLITS = {"train": 0, "val": 1, "test": 2}
+SPLITS = "train", "val", "test"
 TWO_SPLITS = "train", "val"                            # of data that come without a test split
 # of each task COCO's name of the annotation file, our fields that name another, what it annotates
 COCO_FILES = {
@@ -739,12 +750,21 @@ def check_split(split, known=SPLITS):
         raise DataError(f"unknown split {split!r}, expected one of {', '.join(known)}")
 
 
-def shapes_source(c, split, task):
-    count = None if split == "train" else c.data.val_count
-    return Shapes(split, max(c.model.image_size), c.data.max_shapes, c.data.data_seed, count)
+def check_folder(folder, expected):
+    if not os.path.isdir(folder):
+        raise DataError(f"{folder}: no such folder, expected {expected}")
 
 
-def coco_source(c, split, task):
+def seed_and_count(c, split):
+    """Of a drawn dataset; in training there is no end."""
+    return c.data.data_seed, None if split == "train" else c.data.val_count
+
+
+def shapes_source(c, split):
+    return Shapes(split, max(c.model.image_size), c.data.max_shapes, *seed_and_count(c, split))
+
+
+def coco_source(task, c, split):
     kind, field, _ = COCO_FILES[task]                  # a test split is in data_dir
     usual = f"annotations/{kind}_{split}2017.json", f"{split}2017"
     paths = coco_paths(c, split, (field, "images"), usual)
@@ -762,26 +782,24 @@ def coco_paths(c, split, named, usual):
     return [path or f"{folder}/{name}" for path, name in zip(paths, usual)]
 
 
-def clips_source(c, split, task):
+def clips_source(c, split):
     frames, *size = clip_shape(c)
-    count = None if split == "train" else c.data.val_count
-    return ShapeClips(split, max(size), frames, c.data.data_seed, count)
+    return ShapeClips(split, max(size), frames, *seed_and_count(c, split))
 
 
-def shape_maps_source(c, split, task):
-    count = None if split == "train" else c.data.val_count
+def shape_maps_source(c, split):
     size, past = max(c.model.image_size), c.model.past_frames
     frames = c.data.clip_frames if past else 1
-    return ShapeMaps(split, size, c.data.max_shapes, frames, c.data.data_seed, count, past)
+    return ShapeMaps(split, size, c.data.max_shapes, frames, *seed_and_count(c, split), past)
 
 
-def coco_maps_source(c, split, task):
+def coco_maps_source(c, split):
     masks = f"annotations/panoptic_{split}2017"
     usual = f"{masks}.json", masks, f"{split}2017"
     return coco_maps(*coco_paths(c, split, ("json", "masks", "images"), usual), c.model.past_frames)
 
 
-def video_masks_source(c, split, task):
+def video_masks_source(c, split):
     reader = VIDEO_MASKS[c.data.data]
     check_split(split, TWO_SPLITS)
     if not c.data.data_dir:
@@ -789,7 +807,7 @@ def video_masks_source(c, split, task):
     return reader(c.data.data_dir, split, c.model.past_frames)
 
 
-def files_source(c, split, task):
+def files_source(c, split):
     folder, kind = c.data.data_dir, c.data.data
     if not folder:
         raise DataError(f"data is {kind!r}: name with --data_dir the folder of {LAYOUTS[kind]}")
@@ -803,8 +821,9 @@ def files_source(c, split, task):
     return reader(folder, split, *options)
 
 
-SEQUENCE_SOURCES = {"shapes": shapes_source, "coco": coco_source}
-SOURCES = dict.fromkeys(("det", "seg", "kpt", "cap"), SEQUENCE_SOURCES)
+# of each task what --data can be, a function of (c, split)
+SOURCES = {
+    task: {"shapes": shapes_source, "coco": partial(coco_source, task)} for task in COCO_FILES}
 SOURCES["pan"] = SOURCES["vps"] = {
     "shapes": shape_maps_source,
     "coco": coco_maps_source,
@@ -869,9 +888,7 @@ class Shape:
         hand_y = -0.75 + 1.1 * height[:2]
         hand_x = (0.55 + 0.45 * reach[:2]) * (-1, 1)
         foot_x = (0.2 + 0.7 * height[2:]) * (-1, 1)
-        hands = zip(hand_y, hand_x)
-        feet = zip((1.0, 1.0), foot_x)
-        return self.place([(-0.7, 0.0), *hands, *feet])
+        return self.place([(-0.7, 0.0), *zip(hand_y, hand_x), *zip((1.0, 1.0), foot_x)])
 
     @cached_property
     def polygons(self):
@@ -922,11 +939,6 @@ def square_iou(a, b):
     both = overlap(a.y, b.y) * overlap(a.x, b.x)
     areas = (2 * a.radius) ** 2 + (2 * b.radius) ** 2
     return both / (areas - both)
-
-
-def random_background(rng, size):
-    """PIL image of dull colours: a gradient or a blotchy texture."""
-    return background(rng, size, *((2, 16) if rng.random() < 0.5 else (6, 8)))
 
 
 def background(rng, size, cells, contrast):
@@ -987,7 +999,7 @@ class Drawn(Source):
         return self.length
 
     def seeds(self, i, *kind):
-        return self.seed, SPLITS[self.split], i, *kind
+        return self.seed, SPLITS.index(self.split), i, *kind
 
 
 class Shapes(Drawn):
@@ -998,8 +1010,8 @@ class Shapes(Drawn):
         super().__init__(split, size, seed, count)
         self.max_shapes = max_shapes
         self.people = range(self.length)               # one can be drawn for every number
-        figure = self.categories[KINDS.index("figure")]
-        figure |= {"keypoints": list(KEYPOINTS), "skeleton": SKELETON}
+        skeleton = {"keypoints": list(KEYPOINTS), "skeleton": SKELETON}
+        self.categories[KINDS.index("figure")] |= skeleton
 
     def __getitem__(self, i):
         """Record i, a dict. N objects; pixel coordinates are floats, (y, x) order, of the image.
@@ -1043,19 +1055,17 @@ def draw_record(seeds, size, max_shapes, needed=None):
     shapes = random_scene(rng, max_shapes)
     while needed and needed not in [shape.kind for shape in shapes]:
         shapes = random_scene(rng, max_shapes)
-    labels, polygons, boxes = [], [], []
-    for shape in shapes:
-        labels.append(KINDS.index(shape.kind) + 1)
-        polygons.append([np.round(polygon * size, 2) for polygon in shape.polygons])
-        points = np.concatenate(polygons[-1])
-        boxes.append([*points.min(0), *points.max(0)])
+    labels = [KINDS.index(shape.kind) + 1 for shape in shapes]
+    polygons = [[np.round(part * size, 2) for part in shape.polygons] for shape in shapes]
+    boxes = [[*yx.min(0), *yx.max(0)] for yx in map(np.concatenate, polygons)]
     keypoints = np.zeros((len(shapes), len(KEYPOINTS), 3), np.float32)
     for row, shape in zip(keypoints, shapes):
         if shape.kind == "figure":
             row[:, :2] = np.round(shape.keypoints * size, 2)
             row[:, 2] = 2
+    texture = (2, 16) if rng.random() < 0.5 else (6, 8)              # a gradient, or blotches
     return {
-        "image": draw_scene(shapes, random_background(rng, size)),
+        "image": draw_scene(shapes, background(rng, size, *texture)),
         "image_id": seeds[2] + 1,
         "labels": np.array(labels, np.int64),
         "boxes": np.array(boxes, np.float32),
@@ -1068,9 +1078,9 @@ def draw_record(seeds, size, max_shapes, needed=None):
 
 def coco_object(record, n):
     """Object n of a drawn record -> an annotation in COCO's format."""
-    y0, x0, y1, x1 = record["boxes"][n].astype(np.float64).round(2)
+    y0, x0, y1, x1 = record["boxes"][n].astype(float).round(2)
     w, h = round(x1 - x0, 2), round(y1 - y0, 2)
-    yxv = record["keypoints"][n].astype(np.float64).round(2)
+    yxv = record["keypoints"][n].astype(float).round(2)
     polygons = record["polygons"][n]
     annotation = {
         "category_id": int(record["labels"][n]),
@@ -1102,13 +1112,10 @@ class ShapeClips(Drawn):
         shape = random_shape(rng, *random_kind(rng), 0.22, 0.36)
         grey = tuple(rng.integers(40, 130, 3).tolist())
         background = Image.new("RGB", (self.size, self.size), grey)
-        turn = rng.uniform(0, 2 * np.pi)
-        speed = rng.uniform(0.03, 0.08)
-        steps = np.arange(self.frames)[:, None] * (np.sin(turn), np.cos(turn))
-        path = (shape.y, shape.x) + speed * steps      # (T, 2) yx
-        path = folded(path, shape.radius + 0.01, 0.99 - shape.radius)
-        moved = [replace(shape, y=y, x=x) for y, x in path]
-        frames = [draw_scene([shape], background) for shape in moved]
+        turn, speed = rng.uniform(0, 2 * np.pi), rng.uniform(0.03, 0.08)
+        track = moving(
+            shape, turn, speed, range(self.frames), shape.radius + 0.01, 0.99 - shape.radius)
+        frames = [draw_scene([shape], background) for shape in track]
         pixels = np.stack(frames) if self.frames > 1 else np.asarray(frames[0])
         return {"pixels": pixels, "label": KINDS.index(shape.kind)}
 
@@ -1120,11 +1127,12 @@ class ShapeMaps(Drawn):
     """Drawn scenes with panoptic truth, and clips of them: shapes are things that cross each other,
     leave and return, the ground is stuff of one of two kinds. past: earlier frames that are read to
     learn from a frame."""
+    classes = [*KINDS, *GROUNDS]
 
     def __init__(self, split, size=64, max_shapes=4, frames=1, seed=0, count=None, past=0):
         super().__init__(split, size, seed, count)
         self.max_shapes, self.frames, self.past = max_shapes, frames, past
-        self.categories = segment_categories([*KINDS, *GROUNDS], KINDS)
+        self.categories = segment_categories(self.classes, KINDS)
 
     def __getitem__(self, i):
         """Record i for panoptic masks, a dict, as every source for them gives:
@@ -1144,26 +1152,25 @@ class ShapeMaps(Drawn):
         count = rng.integers(1, self.max_shapes + 1)
         shapes = [random_shape(rng, *random_kind(rng), 0.14, 0.26) for _ in range(count)]
         turns, speeds = rng.uniform(0, 2 * np.pi, count), rng.uniform(0.02, 0.06, count)
-        steps = speeds[:, None] * np.stack([np.sin(turns), np.cos(turns)], -1)
+        # They turn outside of the image.
+        tracks = [moving(*start, times, -0.2, 1.2) for start in zip(shapes, turns, speeds)]
         stuff = list(GROUNDS)[rng.integers(2)]
-        ground, side = background(rng, self.size, *GROUNDS[stuff]), 4 * self.size
-        images, maps, ends = [], [], (-0.2, 1.2)       # where shapes turn: outside of the image
-        for t in times:
-            moved = [
-                replace(shape, y=folded(shape.y + dy * t, *ends), x=folded(shape.x + dx * t, *ends))
-                for shape, (dy, dx) in zip(shapes, steps)]
-            numbers = Image.new("L", (side, side), int(count) + 1)
+        ground = background(rng, self.size, *GROUNDS[stuff])
+        kinds = [*(shape.kind for shape in shapes), stuff]
+        images, maps = [], []
+        for moved in zip(*tracks):
+            numbers = Image.new("L", (4 * self.size,) * 2, len(kinds))
             draw_polygons(numbers, moved, range(1, count + 1))
             images.append(draw_scene(moved, ground))
             maps.append(np.asarray(numbers)[2::4, 2::4])
-        names, kinds = [*KINDS, *GROUNDS], [*(shape.kind for shape in shapes), stuff]
         return {
             "images": images,
             "id": i + 1,
             "name": f"{i + 1:06}",
             "maps": np.stack(maps).astype(np.int32),
             "segments": {
-                n: {"category_id": 1 + names.index(kind)} for n, kind in enumerate(kinds, 1)},
+                n: {"category_id": 1 + self.classes.index(kind)}
+                for n, kind in enumerate(kinds, 1)},
         }
 
 
@@ -1174,10 +1181,12 @@ def segment_categories(names, things):
         for i, name in enumerate(names, 1)]
 
 
-def folded(x, low, high):
-    """Coordinates that turn back at both ends."""
-    room = high - low
-    return high - np.abs((x - low) % (2 * room) - room)
+def moving(shape, turn, speed, times, low, high):
+    """The shape at these times, where its coordinates turn back at both ends."""
+    room, steps = high - low, np.multiply.outer(times, (np.sin(turn), np.cos(turn)))
+    path = (shape.y, shape.x) + speed * steps          # (T, 2) yx
+    path = high - np.abs((path - low) % (2 * room) - room)
+    return [replace(shape, y=y, x=x) for y, x in path]
 
 
 def export_shapes(folder, count, size, seed, image_format):
@@ -1198,6 +1207,9 @@ def export_shapes(folder, count, size, seed, image_format):
 # --------------------------------------------------------------------------------------------------
 # coco: images and JSON files of the user's
 
+UNREADABLE = OSError, SyntaxError, Image.DecompressionBombError            # what PIL raises
+
+
 def load_image(path, size=None):
     """Any image file -> PIL RGB. size: (height, width) that its labels are for; a photo that is
     stored turned is turned upright unless only the stored form fits it. DataError, naming the file,
@@ -1209,7 +1221,7 @@ def load_image(path, size=None):
                 height, width = image.height, image.width
                 if size is None or (height, width) == tuple(size):
                     return to_rgb(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+    except UNREADABLE as e:
         raise DataError(f"{path}: not a readable image ({e})") from e
     raise DataError(
         f"{path}: the image is {height}x{width}, its labels are for {size[0]}x{size[1]}")
@@ -1218,7 +1230,7 @@ def load_image(path, size=None):
 def to_rgb(image):
     """PIL image of any mode -> RGB; 16 bits are scaled, transparency becomes white."""
     if image.mode.startswith(("I", "F")):              # convert() would clip, not scale
-        pixels = np.asarray(image).astype(np.float64)
+        pixels = np.asarray(image).astype(float)
         top = 65535 if pixels.max() > 255 else 255
         if image.mode == "F" and pixels.max() <= 1:
             top = 1
@@ -1228,6 +1240,21 @@ def to_rgb(image):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+class Packed:
+    """A list of dicts, pickled one behind the other. As objects they would take ten times the
+    memory, and every worker that looks at one would copy it."""
+
+    def __init__(self):
+        self.content, self.ends = bytearray(), array("q", [0])
+
+    def __getitem__(self, n):
+        return pickle.loads(self.content[self.ends[n]:self.ends[n + 1]])
+
+    def append(self, row):
+        self.content += pickle.dumps(row, pickle.HIGHEST_PROTOCOL)
+        self.ends.append(len(self.content))
 
 
 class Coco(Source):
@@ -1243,58 +1270,54 @@ class Coco(Source):
         if bad_boxes not in ("error", "drop"):
             raise DataError(f"bad_boxes is {bad_boxes!r}, expected 'error' or 'drop'")
         self.json_path, self.image_dir = json_path, image_dir
-        self.decoded = {}
-        truth = read_json(json_path)
-        if not os.path.isdir(image_dir):
-            raise DataError(f"{image_dir}: no such folder, expected the images of {json_path}")
-        annotations = self.checked(truth, bad_boxes)
-        self.images = truth["images"]
-        of_image = {image["id"]: [] for image in self.images}
-        for annotation in annotations:
-            of_image[annotation["image_id"]].append(annotation)
-        self.annotations = list(of_image.values())     # a list per image
+        self.decoded, self.annotations = {}, Packed()
+
+        def pack(row):                                 # while the file is read
+            if "image_id" in row:
+                self.annotations.append(row)
+                return None
+            return row
+
+        truth = read_json(json_path, hook=pack)
+        self.images = [{key: row.get(key) for key in IMAGE_KEYS} for row in truth["images"]]
+        places = np.array(self.checked(truth, bad_boxes), int)
+        self.rows = places.argsort(kind="stable")      # numbers of annotations, by image
+        self.starts = np.searchsorted(places[self.rows], range(len(self.images) + 1))
         ids = [category["id"] for category in truth["categories"]]
         self.label_of = assign_labels(ids, max_label, json_path)
         self.categories = [labelled(row, self.label_of[row["id"]]) for row in truth["categories"]]
         self.classes = [category["name"] for category in self.categories]
 
     def checked(self, truth, bad_boxes):
-        """The annotations to use. DataError with all that is wrong."""
-        annotations = truth["annotations"]
+        """Of each annotation the number of its image, -1 to leave it out. DataError with all that
+        is wrong."""
         sizes = image_sizes(self.json_path, truth, self.image_dir)
-        ids = {category["id"] for category in truth["categories"]}
-        boxed = [a for a in annotations if "caption" not in a]
-        refuse(self.json_path, {
-            "annotation ids appear twice": twice([a["id"] for a in annotations if "id" in a]),
-            "annotations have a category_id that no category has":
-                unknown(boxed, "category_id", ids),
-            "annotations have no bbox of four numbers":
-                [name(a) for a in boxed if len(a.get("bbox", ())) != 4],
-        })
-        bad, names = [], []
-        for a in boxed:
-            height, width = sizes[a["image_id"]]
-            if not box_fits(a["bbox"], height, width):
-                bad.append(id(a))
-                names.append(f"{name(a)} {a['bbox']} in {width}x{height}")
-        if bad_boxes == "error":
-            hint = "(--bad_boxes=drop leaves them out)"
-            refuse(self.json_path, {f"boxes are empty or outside their image {hint}": names})
-        if bad:
+        numbers = {image_id: i for i, image_id in enumerate(sizes)}
+        categories, seen = {category["id"] for category in truth["categories"]}, set()
+        places, problems = [], {}
+        for a in self.annotations:
+            what, shown = problem(a, sizes, categories, seen)
+            if what:
+                problems.setdefault(what, []).append(shown)
+            places.append(-1 if what else numbers[a["image_id"]])
+        problems["annotations lack image_id"] = [
+            row for row in truth["annotations"] if row is not None]
+        if bad_boxes == "drop" and (bad := problems.pop(BAD_BOXES, None)):
             warnings.warn(f"{self.json_path}: left out {len(bad)} boxes, empty or outside their "
-                          f"image, such as {names[0]}")
-        dropped = set(bad)
-        return [a for a in annotations if id(a) not in dropped]
+                          f"image, such as {bad[0]}")
+        refuse(self.json_path, problems)
+        return places
 
     def __len__(self):
         return len(self.images)
 
-    def objects(self, i):
-        """Annotations of image i that have a box."""
-        return [a for a in self.annotations[i] if "bbox" in a]
+    def of_image(self, i):
+        """Annotations of image i."""
+        return [self.annotations[n] for n in self.rows[self.starts[i]:self.starts[i + 1]]]
 
     def __getitem__(self, i):
-        image, found = self.images[i], self.objects(i)
+        image, annotations = self.images[i], self.of_image(i)
+        found = [a for a in annotations if "bbox" in a]
         size = image["height"], image["width"]
         path = os.path.join(self.image_dir, image["file_name"])
         picture = self.decoded.get(i) or load_image(path, size)
@@ -1303,9 +1326,6 @@ class Coco(Source):
         xywh = np.array([a["bbox"] for a in found], np.float32)
         x, y, w, h = xywh.reshape(-1, 4).T
         boxes = np.stack([y, x, y + h, x + w], -1)
-        labels = [self.label_of[a["category_id"]] for a in found]
-        crowds = [a.get("iscrowd", 0) for a in found]
-        captions = [a["caption"] for a in self.annotations[i] if "caption" in a]
         keypoints = [a.get("keypoints") or [] for a in found]
         most = max(map(len, keypoints), default=0)
         keypoints = np.array([k or [0] * most for k in keypoints], np.float32)
@@ -1313,12 +1333,12 @@ class Coco(Source):
         return {
             "image": picture,
             "image_id": image["id"],
-            "labels": np.array(labels, np.int64),
+            "labels": np.array([self.label_of[a["category_id"]] for a in found], np.int64),
             "boxes": boxes.clip(0, np.array(size * 2, np.float32)),
-            "iscrowd": np.array(crowds, bool),
+            "iscrowd": np.array([a.get("iscrowd", 0) for a in found], bool),
             "polygons": [polygons_of(a) for a in found],
             "keypoints": keypoints[..., [1, 0, 2]],
-            "captions": [caption.strip() for caption in captions],
+            "captions": [a["caption"].strip() for a in annotations if "caption" in a],
         }
 
     @cached_property
@@ -1326,9 +1346,9 @@ class Coco(Source):
         """(image, object) numbers of annotations with a labelled keypoint that are no crowds."""
         found = []
         for i in range(len(self)):
-            for n, a in enumerate(self.objects(i)):
+            for n, a in enumerate(a for a in self.of_image(i) if "bbox" in a):
                 visible = a.get("keypoints", [])[2::3]
-                if any(visible) and not a.get("iscrowd", 0):
+                if any(visible) and not a.get("iscrowd"):
                     found.append((i, n))
         return found
 
@@ -1341,35 +1361,58 @@ class Coco(Source):
         """The dataset as a dict in COCO's format, without what was left out. Every task has its own
         file."""
         annotations = []
-        for n, a in enumerate(itertools.chain(*self.annotations), 1):
+        for a in itertools.chain.from_iterable(map(self.of_image, range(len(self)))):
             if "bbox" in a:                            # pycocotools needs both
                 _, _, w, h = a["bbox"]
                 a = {"iscrowd": 0, "area": w * h} | a
-            annotations.append(a | {"id": n})
-        truth = {"images": self.images, "annotations": annotations}
-        return truth | {"categories": self.categories}
+            annotations.append(a | {"id": len(annotations) + 1})
+        return {"images": self.images, "annotations": annotations, "categories": self.categories}
+
+
+IMAGE_KEYS = "id", "file_name", "height", "width"
+BAD_BOXES = "boxes are empty or outside their image (--bad_boxes=drop leaves them out)"
+
+
+def problem(a, sizes, categories, seen):
+    """(what is wrong with an annotation, its name), or (None, None). sizes: {image id: (height,
+    width)}; categories: known ids; seen: annotation ids so far, to which its own is added."""
+    name, image, category = f"annotation {a.get('id', '?')}", a["image_id"], a.get("category_id")
+    if image not in sizes:
+        return "annotations are of an image_id that no image has", f"{image} ({name})"
+    if "id" in a and a["id"] in seen:
+        return "annotation ids appear twice", a["id"]
+    seen.add(a.get("id"))
+    if "caption" in a:
+        return None, None
+    if category not in categories:
+        return "annotations have a category_id that no category has", f"{category} ({name})"
+    if len(a.get("bbox", ())) != 4:
+        return "annotations have no bbox of four numbers", name
+    height, width = sizes[image]
+    x, y, w, h = map(float, a["bbox"])
+    inside = min(x, y) >= -1 and x + w <= width + 1 and y + h <= height + 1
+    if not (inside and min(w, h) > 0):                 # NaN is not inside
+        return BAD_BOXES, f"{name} {a['bbox']} in {width}x{height}"
+    return None, None
 
 
 def image_sizes(path, truth, image_dir=None):
-    """{image id: (height, width)} of a file in COCO's format. DataError if its images or what is
-    said about them is wrong; image_dir: the folder that has them, if it is to be looked at."""
-    images, annotations = truth["images"], truth["annotations"]
-    needed = {"id", "file_name", "height", "width"}
+    """{image id: (height, width)} of a file in COCO's format. DataError if what is said about its
+    images is wrong; image_dir: the folder that has them, if it is to be looked at."""
+    images = truth["images"]
+    if image_dir is not None:
+        check_folder(image_dir, f"the images of {path}")
     refuse(path, {
-        "images lack one of id, file_name, height, width":
-            [image for image in images if not needed <= image.keys()],
-        "annotations lack image_id": [a for a in annotations if "image_id" not in a],
+        f"images lack one of {', '.join(IMAGE_KEYS)}":
+            [image for image in images if not {*IMAGE_KEYS} <= image.keys()],
     })
-    sizes = {image["id"]: (image["height"], image["width"]) for image in images}
     files = [image["file_name"] for image in images]
     refuse(path, {
         "image ids appear twice": twice([image["id"] for image in images]),
         "category ids appear twice": twice([category["id"] for category in truth["categories"]]),
         f"images are not in {image_dir}": missing_files(image_dir, files) if image_dir else [],
-        "annotations are of an image_id that no image has":
-            unknown(annotations, "image_id", sizes),
     })
-    return sizes
+    return {image["id"]: (image["height"], image["width"]) for image in images}
 
 
 def refuse(path, problems):
@@ -1384,13 +1427,15 @@ def refuse(path, problems):
         raise DataError("\n  ".join(lines))
 
 
-def read_json(path, lists=("images", "annotations")):
-    """An annotation file -> dict with these lists, and that of its categories."""
+def read_json(path, lists=("images", "annotations"), hook=None):
+    """An annotation file -> dict with these lists, and that of its categories. hook: what each dict
+    in it becomes."""
     if not os.path.exists(path):
         raise DataError(f"{path}: no such file, expected annotations in COCO's JSON format")
     content = read_bytes(path)
     try:
-        truth = json.loads(content)
+        content = content.decode(json.detect_encoding(content))           # frees the bytes
+        truth = json.loads(content, object_hook=hook)
     except ValueError as e:                            # UnicodeDecodeError, too
         raise DataError(f"{path}: not JSON ({e})") from e
     for key in lists:
@@ -1405,30 +1450,14 @@ def polygons_of(annotation):
     parts = annotation.get("segmentation", [])
     if not isinstance(parts, list):
         return []
-    arrays = [np.array(part, np.float32) for part in parts if len(part) >= 6]
-    return [xy.reshape(-1, 2)[:, ::-1] for xy in arrays]
-
-
-def name(annotation):
-    return f"annotation {annotation.get('id', '?')}"
-
-
-def unknown(annotations, key, known):
-    """What annotations name that is not known, and their names."""
-    return [f"{a.get(key)} ({name(a)})" for a in annotations if a.get(key) not in known]
+    return [
+        np.array(xy, np.float32).reshape(-1, 2)[:, ::-1]
+        for xy in parts if len(xy) >= 6]
 
 
 def twice(ids):
     seen = set()
     return [i for i in ids if i in seen or seen.add(i)]
-
-
-def box_fits(bbox, height, width):
-    """Whether x y w h is a box inside its image, up to a pixel."""
-    x, y, w, h = map(float, bbox)
-    inside_x = x >= -1 and x + w <= width + 1
-    inside_y = y >= -1 and y + h <= height + 1
-    return w > 0 and h > 0 and inside_x and inside_y   # False for NaN, too
 
 
 def missing_files(folder, names):
@@ -1466,9 +1495,9 @@ def assign_labels(ids, max_label, where):
 class MaskClips(Source):
     """Images and videos with panoptic truth.
 
-    clips: [(id, name, paths of images, paths of maps)], an image is a clip of one frame; without
-           paths of images, records have none
-    read:  a map's path -> numbers of segments (H, W) and {number: row}, as in records
+    clips: [(id, name, paths of images, maps)], an image is a clip of one frame; without paths of
+           images, records have none
+    read:  a map, such as its path -> numbers of segments (H, W) and {number: row}, as in records
     past:  earlier frames that are read to learn from a frame
     """
 
@@ -1514,73 +1543,75 @@ def coco_maps(json_path, masks, image_dir=None, past=0, videos=False, truth_json
     """
     truth = read_json(truth_json or json_path)
     if truth_json:
-        truth |= {"annotations": read_json(json_path, ("annotations",))["annotations"]}
-    for folder, what in ((image_dir, "images"), (masks, "PNGs")):
-        if folder is not None and not os.path.isdir(folder):
-            raise DataError(f"{folder}: no such folder, expected the {what} of {json_path}")
+        truth["annotations"] = read_json(json_path, ("annotations",))["annotations"]
+    check_folder(masks, f"the PNGs of {json_path}")
     rows = sorted(truth["categories"], key=lambda row: row["id"])
     categories = [labelled(row, n) for n, row in enumerate(rows, 1)]
     label_of = {row["id"]: row["label"] for row in categories}
     check_coco_maps(json_path, truth, masks, image_dir, label_of.keys())
-    of_image, segments, clips = {a["image_id"]: a for a in truth["annotations"]}, {}, {}
+    of_image, clips = {a["image_id"]: a for a in truth["annotations"]}, {}
     for image in truth["images"]:
-        annotation = of_image[image["id"]]
-        path, clip_id = f"{masks}/{annotation['file_name']}", image["id"]
+        annotation, clip_id = of_image[image["id"]], image["id"]
         name = os.path.splitext(image["file_name"])[0]
         if videos:
             clip_id = name = name.partition("_")[0]
         clip = clips.setdefault(clip_id, (clip_id, name, [], []))
         if image_dir is not None:
             clip[2].append(f"{image_dir}/{image['file_name']}")
-        clip[3].append(path)
-        segments[path] = {
+        segments = {
             row["id"]: row | {"category_id": label_of[row["category_id"]]}
             for row in annotation["segments_info"]}
-    return MaskClips(list(clips.values()), partial(read_listed, segments), categories, past)
+        clip[3].append((f"{masks}/{annotation['file_name']}", segments))
+    return MaskClips(list(clips.values()), read_listed, categories, past)
 
 
-def read_listed(segments, path):
-    return read_ids(path), segments[path]
+def read_listed(listed):
+    """A PNG whose segments a JSON file lists."""
+    path, segments = listed
+    return read_ids(path), segments
 
 
 def check_coco_maps(path, truth, masks, image_dir, known):
     """DataError if maps, their segments or categories (known: ids of these) are wrong."""
     annotations, sizes = truth["annotations"], image_sizes(path, truth, image_dir)
-    annotated = [a["image_id"] for a in annotations]
+    annotated = [a.get("image_id") for a in annotations]
     refuse(path, {
         "categories lack isthing": [k["name"] for k in truth["categories"] if "isthing" not in k],
-        "annotations lack file_name or segments_info": [
-            name(a) for a in annotations if not {"file_name", "segments_info"} <= a.keys()],
+        "annotations lack one of image_id, file_name, segments_info": [
+            i for i, a in zip(annotated, annotations)
+            if not {"image_id", "file_name", "segments_info"} <= a.keys()],
+        "annotations are of an image_id that no image has": list(set(annotated) - sizes.keys()),
         "images are annotated twice": twice(annotated),
-        "images have no annotation": sorted(set(sizes) - set(annotated)),
+        "images have no annotation": sorted(sizes.keys() - set(annotated)),
     })
-    rows = [(a["file_name"], row) for a in annotations for row in a["segments_info"]]
     refuse(path, {
         f"PNGs are not in {masks}": missing_files(masks, [a["file_name"] for a in annotations]),
         "segments have a category_id that no category has": [
-            f"{row.get('category_id')} ({file}, segment {row.get('id')})" for file, row in rows
+            f"{row.get('category_id')} ({a['file_name']}, segment {row.get('id')})"
+            for a in annotations for row in a["segments_info"]
             if row.get("category_id") not in known],
     })
     strange, missing = [], []
     for a in annotations[:2000]:
-        ids = read_ids(f"{masks}/{a['file_name']}", sizes[a["image_id"]])
+        file, (height, width) = a["file_name"], sizes[a["image_id"]]
+        ids = read_ids(f"{masks}/{file}")
+        if ids.shape != (height, width):
+            h, w = ids.shape
+            raise DataError(f"{masks}/{file}: {h}x{w}, its image is {height}x{width}")
         found = set(np.unique(ids).tolist()) - {0}
         listed = {row["id"] for row in a["segments_info"]}
-        strange += [f"{i} ({a['file_name']})" for i in sorted(found - listed)]
-        missing += [f"{i} ({a['file_name']})" for i in sorted(listed - found)]
+        strange += [f"{i} ({file})" for i in sorted(found - listed)]
+        missing += [f"{i} ({file})" for i in sorted(listed - found)]
     refuse(path, {
         "ids in PNGs are not in segments_info": strange,
         "ids in segments_info are not in their PNG": missing,
     })
 
 
-def read_ids(path, size=None):
-    """A PNG -> the number that each pixel's colour is (H, W) int32. DataError if it cannot be read,
-    has no colours, or is not of this size (height, width)."""
-    pixels = read_png(path, ("RGB", "RGBA"), "colours R + 256 G + 65536 B").astype(np.int32)
-    if size is not None and pixels.shape[:2] != tuple(size):
-        height, width = pixels.shape[:2]
-        raise DataError(f"{path}: {height}x{width}, its image is {size[0]}x{size[1]}")
+def read_ids(path):
+    """A PNG -> the number that each pixel's colour is (H, W) int32. DataError if it cannot be read
+    or has no colours."""
+    pixels = read_png(path, ("RGB", "RGBA"), "colours R + 256 G + 65536 B")
     return pixels[..., :3] @ np.array([1, 1 << 8, 1 << 16], np.int32)
 
 
@@ -1591,7 +1622,7 @@ def read_png(path, modes, what):
             if stored.mode not in modes:
                 raise DataError(f"{path}: a {stored.mode} image, expected {what}")
             return np.asarray(stored)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+    except UNREADABLE as e:
         raise DataError(f"{path}: not a readable PNG ({e})") from e
 
 
@@ -1620,23 +1651,25 @@ def read_davis(path):
         n: {"category_id": 1 + (n > 1)} for n in np.setdiff1d(numbers, 0).tolist()}
 
 
+# of clips, as MaskClips has them, the source
+step_clips = partial(
+    MaskClips, read=read_step, categories=segment_categories(CITYSCAPES, FOLLOWED))
+davis_clips = partial(
+    MaskClips, read=read_davis, categories=segment_categories(["background", "object"], ["object"]))
+
+
 def kitti_step(folder, split, past=0):
     """a folder with images/SPLIT or training/image_02, and panoptic_maps/SPLIT: PNGs per video"""
     images = f"{folder}/images/{split}"
     if not os.path.isdir(images):
         images = f"{folder}/training/image_02"
-    return step_clips(clip_files(images, f"{folder}/panoptic_maps/{split}"), past)
-
-
-def step_clips(clips, past=0):
-    return MaskClips(clips, read_step, segment_categories(CITYSCAPES, FOLLOWED), past)
+    return step_clips(clip_files(images, f"{folder}/panoptic_maps/{split}"), past=past)
 
 
 def cityscapes_vps(folder, split, past=0):
     """a folder with panoptic_gt_SPLIT_city_vps.json, SPLIT/panoptic_video and SPLIT/img"""
-    truth = f"{folder}/panoptic_gt_{split}_city_vps.json"
-    maps, images = f"{folder}/{split}/panoptic_video", f"{folder}/{split}/img"
-    return coco_maps(truth, maps, images, past, videos=True)
+    truth, files = f"{folder}/panoptic_gt_{split}_city_vps.json", f"{folder}/{split}"
+    return coco_maps(truth, f"{files}/panoptic_video", f"{files}/img", past, videos=True)
 
 
 def davis(folder, split, past=0):
@@ -1646,14 +1679,10 @@ def davis(folder, split, past=0):
     if not os.path.exists(listed):
         raise DataError(f"{listed}: no such file, expected the names of the videos")
     names = read_bytes(listed).decode().split()
-    maps = [f"{folder}/Annotations{kind}/480p" for kind in ("_unsupervised", "")]
-    maps = next(filter(os.path.isdir, maps), maps[-1])
-    return davis_clips(clip_files(f"{folder}/JPEGImages/480p", maps, names), past)
-
-
-def davis_clips(clips, past=0):
-    categories = segment_categories(["background", "object"], ["object"])
-    return MaskClips(clips, read_davis, categories, past)
+    maps = f"{folder}/Annotations_unsupervised/480p"
+    if not os.path.isdir(maps):
+        maps = f"{folder}/Annotations/480p"
+    return davis_clips(clip_files(f"{folder}/JPEGImages/480p", maps, names), past=past)
 
 
 VIDEO_MASKS = {"kitti_step": kitti_step, "cityscapes_vps": cityscapes_vps, "davis": davis}
@@ -1662,13 +1691,12 @@ VIDEO_MASKS = {"kitti_step": kitti_step, "cityscapes_vps": cityscapes_vps, "davi
 def clip_files(images, maps, names=None):
     """Folders of frames and of maps, per video -> clips of MaskClips. DataError if a frame has no
     map, a map no frame, or frames in the middle are missing."""
-    if not os.path.isdir(maps):
-        raise DataError(f"{maps}: no such folder, expected a folder of PNGs per video")
+    check_folder(maps, "a folder of PNGs per video")
     clips = []
     for name in names or listing(maps)[0]:
-        frames, found = (frame_files(f"{folder}/{name}") for folder in (images, maps))
-        numbers = sorted(map(int, filter(str.isdecimal, frames)))
-        gaps = set(range(numbers[0], numbers[-1] + 1)) - set(numbers) if numbers else ()
+        frames, found = frame_files(f"{images}/{name}"), frame_files(f"{maps}/{name}")
+        numbers = set(map(int, filter(str.isdecimal, frames)))
+        gaps = set(range(min(numbers), max(numbers))) - numbers if numbers else ()
         refuse(f"{images}/{name}", {
             "frames have no map": sorted(frames.keys() - found.keys()),
             "maps have no frame": sorted(found.keys() - frames.keys()),
@@ -1682,8 +1710,7 @@ def clip_files(images, maps, names=None):
 
 def frame_files(folder):
     """{name without its ending: path} of the images in a folder, 9.png before 10.png."""
-    if not os.path.isdir(folder):
-        raise DataError(f"{folder}: no such folder, expected the frames of a video")
+    check_folder(folder, "the frames of a video")
     files = sorted(listing(folder)[1], key=len)
     return {os.path.splitext(file)[0]: f"{folder}/{file}" for file in files}
 
@@ -1794,8 +1821,7 @@ def load_cifar10(folder, split):
                 f"and labels up to 9, as in the CIFAR-10 binary version")
         rows.append(content.reshape(-1, 3073))
     rows = np.concatenate(rows)
-    planes = rows[:, 1:].reshape(-1, 3, 32, 32)
-    pixels = planes.transpose(0, 2, 3, 1)
+    pixels = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return PixelArrays(pixels, rows[:, 0], CIFAR10_CLASSES, folder)
 
 
@@ -1818,8 +1844,7 @@ class ClipFolder(Source):
         layout = LAYOUTS["videos" if videos else "images"]
         divided = any(os.path.isdir(f"{folder}/{name}") for name in SPLITS)
         root = f"{folder}/{split}" if divided else folder
-        if not os.path.isdir(root):
-            raise DataError(f"{root}: no such folder, expected {layout}")
+        check_folder(root, layout)
         folders, files = listing(root)
         if folders and files and not videos:
             raise DataError(
@@ -1831,11 +1856,11 @@ class ClipFolder(Source):
                 return items
             return [items[i] for i in held_out(len(items), split, 20)]
 
-        depth = int(videos)                            # of the folders of images, without classes
-        by_class = not any(names for _, names in image_folders(root, depth))
+        # Of folders of images there is one, or one per video; or that many per class.
+        by_class = not any(names for _, names in image_folders(root, depth=videos))
         train, self.clips = f"{folder}/train", []      # (folder, names of frames, label)
         self.classes = listing(train if divided else root)[0] if by_class else []
-        for path, names in image_folders(root, depth + by_class):
+        for path, names in image_folders(root, videos + by_class):
             name = os.path.relpath(path, root).split(os.sep)[0]
             if by_class and name not in self.classes:
                 known = ", ".join(self.classes[:5]) or "none"
@@ -1863,8 +1888,7 @@ class ClipFolder(Source):
         folder, names, label = self.clips[n]
         last = len(names) + i - self.ends[n] + 1
         window = names[last - self.frames:last]
-        paths = [f"{folder}/{name}" for name in window]
-        frames = [fit_image(path, self.size) for path in paths]
+        frames = [fit_image(f"{folder}/{name}", self.size) for name in window]
         pixels = np.stack(frames) if self.frames > 1 else frames[0]
         return {"pixels": pixels, "label": label}
 
@@ -1874,8 +1898,7 @@ def image_folders(root, depth):
     folders, files = listing(root)
     if not depth:
         return [(root, files)]
-    paths = [f"{root}/{name}" for name in folders]
-    return [found for path in paths for found in image_folders(path, depth - 1)]
+    return [found for name in folders for found in image_folders(f"{root}/{name}", depth - 1)]
 
 
 def listing(folder):
@@ -1895,8 +1918,7 @@ def listing(folder):
 def fit_image(path, size):
     """An image file -> uint8 (*size, 3): its centre in the shape of `size`, resized (bicubic,
     antialiased)."""
-    image = ImageOps.fit(load_image(path), size[::-1], Image.BICUBIC)
-    return np.asarray(image)
+    return np.asarray(ImageOps.fit(load_image(path), size[::-1], Image.BICUBIC))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1906,8 +1928,7 @@ def tile(pictures, columns=4, gap=4):
     """PIL pictures -> one, in rows of `columns`, each cell as large as the largest."""
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
-    w = max(picture.width for picture in pictures) + gap
-    h = max(picture.height for picture in pictures) + gap
+    w, h = np.max([picture.size for picture in pictures], 0) + gap
     size = columns * w - gap, rows * h - gap
     sheet = Image.new(pictures[0].mode, size, "white")
     for i, picture in enumerate(pictures):
@@ -1915,36 +1936,37 @@ def tile(pictures, columns=4, gap=4):
     return sheet
 
 
-def save_grid(pixels, stem, columns=8, side=64, gap=2, ms=150):
+def save_grid(pixels, stem, columns=8, side=64, gap=2):
     """Images (N, H, W, C) uint8 -> STEM.png, a grid with rows of `columns`, small images enlarged
-    to some `side` pixels; clips (N, T, H, W, C) -> STEM.gif, a grid that moves, `ms` per frame.
-    Returns the file's name."""
+    to some `side` pixels; clips (N, T, H, W, C) -> STEM.gif, a grid that moves. Returns the file's
+    name."""
     zoom = max(1, round(side / pixels.shape[-2]))
     pixels = pixels.repeat(zoom, -3).repeat(zoom, -2)
     clips = pixels if pixels.ndim == 5 else pixels[:, None]        # (N, T, H, W, C)
     if clips.shape[-1] == 1:
         clips = clips[..., 0]
-    frames = [list(map(Image.fromarray, images)) for images in clips.swapaxes(0, 1)]
-    grids = [tile(pictures, columns, gap) for pictures in frames]
-    return save_film(grids, stem, ms)
+    grids = [
+        tile(list(map(Image.fromarray, images)), columns, gap)
+        for images in clips.swapaxes(0, 1)]
+    return save_film(grids, stem)
 
 
-def save_film(pictures, stem, ms=150):
-    """One PIL picture -> STEM.png; several -> STEM.gif, `ms` each. Returns the file's name."""
+def save_film(pictures, stem):
+    """One PIL picture -> STEM.png; several -> STEM.gif, 150 ms each. Returns the file's name."""
     if len(pictures) == 1:
         pictures[0].save(f"{stem}.png")
         return f"{stem}.png"
-    rest = {"append_images": pictures[1:], "duration": ms, "loop": 0}
-    pictures[0].save(f"{stem}.gif", save_all=True, **rest)
+    pictures[0].save(
+        f"{stem}.gif", save_all=True, append_images=pictures[1:], duration=150, loop=0)
     return f"{stem}.gif"
 
 
 def main():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--export", metavar="DIR", help="write shapes there in COCO's layout")
-    add("--sheet", metavar="FILE", help="draw 32 held-out scenes, a .png, or clips, a .gif")
+    add("--sheet", metavar="FILE", help="draw 32 held-out scenes, a .png")
     add("--count", type=int, default=1000, help="training scenes to export, with 500 held-out ones")
     add("--size", type=int, default=64, help="side of a scene or clip in pixels")
     add("--seed", type=int, default=0, help="dataset seed")
@@ -1956,11 +1978,8 @@ def main():
         export_shapes(args.export, args.count, args.size, args.seed, args.format)
         print(f"wrote {args.export}; next: python train.py --data=coco --data_dir={args.export}")
     if args.sheet:
-        stem, ending = os.path.splitext(args.sheet)
-        source, key = Shapes("val", args.size, seed=args.seed), "image"
-        if ending == ".gif":
-            source, key = ShapeClips("val", args.size, 16, args.seed), "pixels"
-        print("wrote", save_grid(np.stack([source[i][key] for i in range(32)]), stem))
+        source, stem = Shapes("val", args.size, seed=args.seed), args.sheet.removesuffix(".png")
+        print("wrote", save_grid(np.stack([source[i]["image"] for i in range(32)]), stem))
     if not (args.export or args.sheet):
         parser.print_help()
 

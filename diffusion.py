@@ -185,8 +185,7 @@ def sample(
     check_choice(sampler, SAMPLERS, "sampler")
     if steps < 1:
         raise ValueError(f"sample_steps must be at least 1, got {steps}")
-    calls = torch.arange(steps, device=x_init.device, dtype=x_init.dtype)
-    t = 1 - calls / steps
+    t = 1 - torch.arange(steps, device=x_init.device, dtype=x_init.dtype) / steps
     t_next = (t - (1 + td) / steps).clamp(min=0)
     gammas, gammas_next = map(gamma_schedule(schedule), (t, t_next))
 
@@ -264,8 +263,7 @@ def denoising_losses(network, batch, c, t=None, generator=None):
         dropped = uniform(x0, generator) < d.label_drop
         cond["labels"] = cond["labels"].masked_fill(dropped, -1)
     x_t, eps, gamma = diffuse(x0, d.train_schedule, t, generator)
-    denoise = as_denoiser(network, c)
-    state = self_cond_for_training(denoise, x_t, gamma, cond, c, generator)
+    state = self_cond_for_training(as_denoiser(network, c), x_t, gamma, cond, c, generator)
     denoise = as_denoiser(network, c, logits=True)
     pred, _ = denoise(x_t, gamma, state, **cond)
     losses = diffusion_loss(
@@ -332,8 +330,7 @@ def ints_to_bits(ints, n_bits, b_scale=1.0):
 def bits_to_ints(bits, n_bits):
     """Inverse of ints_to_bits, int64; a bit is set where its value is above 0."""
     places = torch.arange(n_bits, device=bits.device)
-    bits = (bits > 0).unflatten(1, (-1, n_bits))       # (B, C, n_bits, ...)
-    bits = bits.movedim(2, -1).long()                  # (B, C, ..., n_bits)
+    bits = (bits > 0).unflatten(1, (-1, n_bits)).movedim(2, -1).long()         # (B, C, ..., n_bits)
     return (bits << places).sum(-1)
 
 
@@ -362,12 +359,7 @@ def self_cond_for_training(denoise, x_t, gamma, cond, c, generator=None):
     if d.self_cond_masking:
         kept = uniform(x_t, generator) < d.self_cond_rate
         return map_tensors(lambda a: a * expand(kept, a), state)
-
-    def pad(a):
-        rest = a.new_zeros(B - n, *a.shape[1:])
-        return torch.cat([a, rest])
-
-    return map_tensors(pad, state)
+    return map_tensors(lambda a: torch.cat([a, a.new_zeros(B - n, *a.shape[1:])]), state)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -397,7 +389,7 @@ def to_channels(x):
 def map_tensors(f, *states):
     """f over tensors, or over tuples of them; None stays None."""
     if isinstance(states[0], tuple):
-        return tuple(map_tensors(f, *parts) for parts in zip(*states))
+        return tuple(map(f, *states))
     return None if states[0] is None else f(*states)
 
 
@@ -515,14 +507,14 @@ def x0_to_pixels(x0, c):
     becomes the last one."""
     d = c.diffusion
     if d.bits == "ids":
-        classes = len(c.categories) + 1
-        maps = bits_to_panoptic(x0, classes, c.data.max_segments, c.model.channels // 2)
-        return maps.to(torch.uint8)
+        maps = bits_to_panoptic(
+            x0, len(c.categories) + 1, c.data.max_segments, c.model.channels // 2)
+        return maps.byte()
     if d.bits:
         colours = bits_to_rgb(x0, d.bits)
     else:
         colours = (x0 / d.b_scale / 2 + 0.5).clamp(0, 1)
-    return (colours * 255).round().to(torch.uint8)
+    return (colours * 255).round().byte()
 
 
 def unit_std(x_t):
@@ -548,8 +540,7 @@ def expected_bits(out, c):
 
 def softmax_bits(logits, groups, b_scale=1.0):
     """Expected analog bits (B, groups * k, ...) of logits (B, groups * 2^k, ...)."""
-    probs = logits.unflatten(1, (groups, -1)).softmax(2)
-    probs = probs.movedim(2, -1)                       # (B, groups, ..., 2^k)
+    probs = logits.unflatten(1, (groups, -1)).softmax(2).movedim(2, -1)    # (B, groups, ..., 2^k)
     values = torch.arange(probs.shape[-1], device=logits.device)
     n_bits = len(values).bit_length() - 1
     codes = ints_to_bits(values[:, None], n_bits, b_scale)                     # (2^k, k)
@@ -603,8 +594,7 @@ def rgb_to_bits(image, code="uint8", b_scale=1.0):
     check_choice(code, RGB_CODES, "RGB code")
     pixels = (image * 255.5).floor().clamp(0, 255).long()  # as TensorFlow converts to uint8
     if code != "oneh":
-        words = code_words(code, image.device)
-        return ints_to_bits(words[pixels], 8, b_scale)
+        return ints_to_bits(code_words(code, image.device)[pixels], 8, b_scale)
     bits = to_channels(F.one_hot(pixels, 256))
     return (bits.float() * 2 - 1) * b_scale
 

@@ -132,7 +132,7 @@ COCO_TASKS = {
 }
 
 
-def score_objects(task, predictions, source, c, device=None):
+def score_objects(task, predictions, source, c, device):
     """COCO's average precision and recall. No predictions give AP 0; a number for which the truth
     has no object is -1, as in pycocotools."""
     truth = source.truth(task)
@@ -153,7 +153,7 @@ def coco_results(task, predictions):
 # ==== reference ===================================================================================
 # the other tasks' scores, and the table
 
-def score_captions(predictions, source, c, device=None):
+def score_captions(predictions, source, c, device):
     """ROUGE-L, CIDEr, BLEU, and the fraction that is exactly one of the references."""
     references = {}
     for annotation in source.truth("cap")["annotations"]:
@@ -164,7 +164,7 @@ def score_captions(predictions, source, c, device=None):
     return scores | {"exact": round(exact, 5), "images": len(written)}
 
 
-def score_samples(predictions, source, c, device=None):
+def score_samples(predictions, source, c, device):
     """How real samples are, and how right.
 
     minus_loss, loss, loss_at_T   mean over LEVELS, on the held-out items; at each of them
@@ -177,7 +177,6 @@ def score_samples(predictions, source, c, device=None):
     frame_error      mean square error of predicted frames, colours in [0, 1]; copy_error: of
                      repeating the last context frame
     """
-    device = device or Device("cpu")
     pixels, labels, losses = columns(predictions, "losses")
     first = c.model.cond_frames                        # where a clip's predicted frames begin
     loss = float(losses.mean())
@@ -215,7 +214,7 @@ def quality(pixels, labels, source, c, device):
     return scores
 
 
-def score_written(predictions, source, c, device=None):
+def score_written(predictions, source, c, device):
     """How well an ImageAR predicts held-out images, and what its samples are like.
 
     minus_bits, bits_per_dim   mean over the held-out items and their tokens
@@ -223,7 +222,6 @@ def score_written(predictions, source, c, device=None):
                                its place in training images: a ceiling
     class_accuracy and so on   see `score_samples`
     """
-    device = device or Device("cpu")
     pixels, labels, bits = columns(predictions, "bits")
     bits = float(bits.mean())
     metrics = {"minus_bits": -bits, "bits_per_dim": bits}
@@ -232,23 +230,24 @@ def score_written(predictions, source, c, device=None):
 
 
 def histogram_bits(source, c, count):
-    train = data.make_source(c, "train", "ar")
-    seen, held = (
-        torch.from_numpy(real_pixels(s, c, n)[0]).movedim(-1, 1)
-        for s, n in ((train, PROXY_IMAGES), (source, count)))
-    seen, held = (image_tokens(pixels, c.model).flatten(1) for pixels in (seen, held))
+    def tokens_of(source, count):                      # (N, T)
+        pixels, _ = real_pixels(source, c, count)
+        return image_tokens(torch.from_numpy(pixels).movedim(-1, 1), c.model).flatten(1)
+
+    seen = tokens_of(data.make_source(c, "train", "ar"), PROXY_IMAGES)
+    held = tokens_of(source, count)
     counts = F.one_hot(seen, c.model.levels).sum(0) + 1                # (T, levels); none is 0
     share = counts / counts.sum(1, keepdim=True)
     return -share.log2().gather(1, held.T).mean().item()
 
 
-def score_maps(predictions, source, c, device=None):
+def score_maps(predictions, source, c, device):
     """PQ, SQ and RQ, see `panoptic_quality`."""
     scores = panoptic_quality(beside_truth(predictions, source), source.categories)
     return scores | {"images": len(predictions)}
 
 
-def score_clips(predictions, source, c, device=None):
+def score_clips(predictions, source, c, device):
     """STQ and J&F, see `tracking_quality` and `region_and_boundary`."""
     scores = tracking_quality(beside_truth(predictions, source), source.categories)
     scores |= region_and_boundary(beside_truth(predictions, source), source.categories)
@@ -263,10 +262,7 @@ def beside_truth(predictions, source):
         yield source[n], {"maps": maps, "segments": segments}
 
 
-SCORE = {
-    "det": partial(score_objects, "det"),
-    "seg": partial(score_objects, "seg"),
-    "kpt": partial(score_objects, "kpt"),
+SCORE = {task: partial(score_objects, task) for task in COCO_TASKS} | {
     "cap": score_captions,
     "gen": score_samples,
     "ar": score_written,
@@ -288,37 +284,34 @@ def overlaps(*maps):
     return Counter(dict(zip(map(tuple, values), counts.tolist())))
 
 
-def match_segments(truth, truth_rows, found, found_rows):
-    """{category_id: [sum of IoU, true positives, false positives, false negatives]} of maps (H, W)
-    and their segments (1801.00868, section 4.1). Segments match if their IoU is above a half. Of
-    what is found, pixels without truth do not count; where most of it has none, or is of a crowd of
-    its category, it is no false positive."""
-    shared, counts, matched = overlaps(truth, found), {}, set()
+def match_segments(totals, truth, truth_rows, found, found_rows):
+    """Adds maps (H, W) and their segments to {category_id: [sum of IoU, true positives, false
+    positives, false negatives]} (1801.00868, section 4.1). Segments match if their IoU is above a
+    half. Of what is found, pixels without truth do not count; where most of it has none, or is of a
+    crowd of its category, it is no false positive."""
+    shared = overlaps(truth, found)
     areas = {f: n for (f,), n in overlaps(found).items() if f in found_rows}
-    sizes = {t: n for (t,), n in overlaps(truth).items() if t in truth_rows}
-    sizes |= {t: truth_rows[t]["area"] for t in sizes if "area" in truth_rows[t]}
+    sizes = {
+        t: truth_rows[t].get("area", n) for (t,), n in overlaps(truth).items() if t in truth_rows}
     crowds = {                                         # of several of a category, the last
         row["category_id"]: t for t, row in truth_rows.items() if row.get("iscrowd") and t in sizes}
-
-    def count(row, *numbers):
-        counts.setdefault(row["category_id"], np.zeros(4))[:] += numbers
-
+    missed = {t for t in sizes if not truth_rows[t].get("iscrowd")}
+    wrong = set(areas)
     for (t, f), n in shared.items():
-        row, other = truth_rows.get(t), found_rows.get(f)
-        if not (row and other and row["category_id"] == other["category_id"]):
+        row, other = truth_rows.get(t, {}), found_rows.get(f)
+        if row.get("iscrowd") or not other or row.get("category_id") != other["category_id"]:
             continue
         iou = n / (sizes[t] + areas[f] - n - shared[0, f])
-        if iou > 0.5 and not row.get("iscrowd"):
-            count(row, iou, 1, 0, 0)
-            matched |= {("truth", t), ("found", f)}
-    for t in sizes:
-        if ("truth", t) not in matched and not truth_rows[t].get("iscrowd"):
-            count(truth_rows[t], 0, 0, 0, 1)
-    for f, area in areas.items():
-        crowd = crowds.get(found_rows[f]["category_id"])
-        if ("found", f) not in matched and shared[0, f] + shared[crowd, f] <= area / 2:
-            count(found_rows[f], 0, 0, 1, 0)
-    return counts
+        if iou > 0.5:
+            totals[row["category_id"]] += iou, 1, 0, 0
+            missed.discard(t)
+            wrong.discard(f)
+    for t in missed:
+        totals[truth_rows[t]["category_id"]] += 0, 0, 0, 1
+    for f in wrong:
+        category = found_rows[f]["category_id"]
+        if shared[0, f] + shared[crowds.get(category), f] <= areas[f] / 2:
+            totals[category] += 0, 0, 1, 0
 
 
 def panoptic_quality(pairs, categories):
@@ -327,9 +320,7 @@ def panoptic_quality(pairs, categories):
     totals = {row["label"]: np.zeros(4) for row in categories}
     for truth, found in pairs:
         for frames in zip(truth["maps"], found["maps"]):
-            counts = match_segments(frames[0], truth["segments"], frames[1], found["segments"])
-            for category, numbers in counts.items():
-                totals[category] += numbers
+            match_segments(totals, frames[0], truth["segments"], frames[1], found["segments"])
     scores, metrics = {}, {}
     for category, (iou, right, wrong, missed) in totals.items():
         if right + wrong + missed:
@@ -349,11 +340,9 @@ def panoptic_quality(pairs, categories):
 # panoptic masks of videos
 
 def classes_and_ids(pair):
-    """Of each frame of truth and of what was found: classes and instance ids (2, H, W)."""
-    kinds = (
-        [sample.true_map(numbers, record["segments"]) for numbers in record["maps"]]
-        for record in pair)
-    return zip(*kinds)
+    """Of truth and of what was found: classes and instance ids, (2, T, H, W) each."""
+    maps = [sample.true_map(record["maps"], record["segments"]) for record in pair]
+    return np.moveaxis(maps, 2, 0)
 
 
 def tracking_quality(pairs, categories):
@@ -362,16 +351,15 @@ def tracking_quality(pairs, categories):
     things = [row["label"] for row in categories if row["isthing"]]
     tracks, association, confusion = 0, 0.0, Counter()
     for pair in pairs:
-        sizes, lengths, shared = Counter(), Counter(), Counter()
-        for (t_class, t_id), (f_class, f_id) in classes_and_ids(pair):
-            confusion += overlaps(t_class, f_class)
-            thing = np.isin(t_class, things)
-            crowd = thing & (t_id == 0)
-            ours, theirs = thing & ~crowd, np.isin(f_class, things) & ~crowd
-            both = ours & theirs
-            sizes += overlaps(t_class[ours], t_id[ours])
-            lengths += overlaps(f_class[theirs], f_id[theirs])
-            shared += overlaps(t_class[both], t_id[both], f_class[both], f_id[both])
+        (t_class, f_class), (t_id, f_id) = classes_and_ids(pair)
+        confusion += overlaps(t_class, f_class)
+        thing = np.isin(t_class, things)
+        crowd = thing & (t_id == 0)
+        ours, theirs = thing & ~crowd, np.isin(f_class, things) & ~crowd
+        both = ours & theirs
+        sizes = overlaps(t_class[ours], t_id[ours])
+        lengths = overlaps(f_class[theirs], f_id[theirs])
+        shared = overlaps(t_class[both], t_id[both], f_class[both], f_id[both])
         for pair, n in shared.items():
             union = sizes[pair[:2]] + lengths[pair[2:]] - n
             association += n * n / union / sizes[pair[:2]]
@@ -410,8 +398,8 @@ def best_assignment(scores):
 def boundary(mask):
     """Pixels of a bool mask (H, W) that differ from those to the right of them or below."""
     padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
-    right, below, across = padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]
-    return (mask != right) | (mask != below) | (mask != across)
+    neighbours = np.stack([padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]])
+    return (mask != neighbours).any(0)
 
 
 def dilate(mask, radius):
@@ -440,9 +428,9 @@ def region_and_boundary(pairs, categories):
     quarter less last) of J, IoU, and of F. Pixels without truth do not count."""
     rows, things = [], [row["label"] for row in categories if row["isthing"]]
     for pair in pairs:
-        clip = np.array([list(frames) for frames in classes_and_ids(pair)])    # (T, 2, 2, H, W)
-        truth, found = np.where(np.isin(clip[:, :, 0], things), clip[:, :, 1], 0).swapaxes(0, 1)
-        found[clip[:, 0, 0] == 0] = 0
+        classes, ids = classes_and_ids(pair)
+        truth, found = np.where(np.isin(classes, things), ids, 0)              # (T, H, W) each
+        found[classes[0] == 0] = 0
         objects, others = (np.setdiff1d(ids, 0).tolist() for ids in (truth, found))
         others += [-1] * (len(objects) - len(others))  # nothing, which is like an object unseen
         counts = [(overlaps(t, f), overlaps(t), overlaps(f)) for t, f in zip(truth, found)]
@@ -487,35 +475,32 @@ def prompt_objects(records, boxes, source):
 # --------------------------------------------------------------------------------------------------
 # TRUTH[task](model, inputs, c): what a model would say that predicts every token of the truth
 
-def truths(inputs, c):
-    """Of each record: itself, its view, its objects without crowds, their boxes (1, N, 4) as
-    fractions of the canvas, and labels (1, N)."""
-    for record, view in zip(inputs.records, inputs.views):
-        objects = sample.true_objects(record, c.categories)
-        yield record, view, objects, *sample.prompt_boxes([view], [objects], c)
-
-
 def true_detection(model, inputs, c):
-    said, most, size = [], c.data.max_objects, c.vocab.text_shift
-    for _, view, _, boxes, labels in truths(inputs, c):
-        tokens = tokenizer.encode_detection(boxes[:, :most], labels[:, :most], c.vocab).targets
-        certain = torch.full((*tokens.shape, size), -math.inf).scatter(-1, tokens[..., None], 0.0)
-        said += sample.read_objects([view], tokens, certain[..., c.vocab.classes], c)
-    return [{"objects": objects} for objects in said]
+    truth = [
+        sample.true_objects(record, c.categories)[:c.data.max_objects]
+        for record in inputs.records]
+    boxes, labels = sample.prompt_boxes(inputs.views, truth, c)
+    tokens = tokenizer.encode_detection(boxes, labels, c.vocab).targets
+    certain = torch.full((*tokens.shape, c.vocab.text_shift), -math.inf)
+    certain = certain.scatter(-1, tokens[..., None], 0.0)[..., c.vocab.classes]
+    found = sample.read_objects(inputs.views, tokens, certain, c)
+    return [{"objects": objects} for objects in found]
 
 
-def through_tokens(points, labels, c):
-    """Points (N, P), labels (N,) -> the points that their tokens say."""
+def through_tokens(points, c):
+    """Points (N, P) -> the points that their tokens say."""
+    labels = torch.ones(len(points))                   # whatever is no padding
     tokens = tokenizer.encode_points(torch.from_numpy(points), labels, c.vocab)
     return tokenizer.decode_points(tokens, c.vocab)
 
 
 def true_masks(model, inputs, c):
     said = []
-    for record, view, objects, _, labels in truths(inputs, c):
+    for record, view in zip(inputs.records, inputs.views):
+        objects = sample.true_objects(record, c.categories)
         polygons = list(compress(record["polygons"], ~record["iscrowd"]))
         points = data.polygon_points(view, polygons, len(objects), c.data.max_points)
-        for obj, row in zip(objects, through_tokens(points, labels[0], c)):
+        for obj, row in zip(objects, through_tokens(points, c)):
             sample.add_mask(obj, view, row[None], record["image"].size)
         said.append({"objects": objects})
     return said
@@ -523,14 +508,13 @@ def true_masks(model, inputs, c):
 
 def true_keypoints(model, inputs, c):
     said = []
-    for record, _, objects, _, labels in truths(inputs, c):
-        for obj, label, keypoints in zip(
-                objects, labels[0], record["keypoints"][~record["iscrowd"]]):
+    for record in inputs.records:
+        objects = sample.true_objects(record, c.categories)
+        for obj, keypoints in zip(objects, record["keypoints"][~record["iscrowd"]]):
             if keypoints[:, 2].any():                  # else the truth does not know this one's
                 crop = sample.keypoint_view(record["image"], obj["bbox"], c)
                 points = data.keypoint_points(crop, keypoints)
-                points = through_tokens(points[None], label[None], c)[0].numpy()
-                sample.add_keypoints(obj, crop, points, 1.0)
+                sample.add_keypoints(obj, crop, through_tokens(points[None], c)[0].numpy(), 1.0)
         said.append({"objects": objects})
     return said
 
@@ -542,12 +526,10 @@ def true_captions(model, inputs, c):
 
 
 def true_maps(model, inputs, c):
-    said, rng = [], np.random.default_rng(0)
-    for record in inputs.records:
-        view = data.eval_view(data.whole(record["images"][0]), c.model.image_size)
-        maps = data.id_maps(record, view, c, rng)[:, :2]
-        said.append(sample.map_prediction(record, maps, view, c))
-    return said
+    rng = np.random.default_rng(0)
+    return [
+        sample.map_prediction(record, data.id_maps(record, view, c, rng)[:, :2], view, c)
+        for record, view in zip(inputs.records, inputs.views)]
 
 
 TRUTH = {
@@ -567,20 +549,19 @@ KEYPOINT_SIGMA = 0.089             # of keypoints COCO does not know: as strict 
 
 
 def coco_index(truth):
-    """Truth in COCO's format -> pycocotools' COCO, without its chatter."""
+    """Truth in COCO's format -> pycocotools' COCO."""
     coco = COCO()
     coco.dataset = truth
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
+    coco.createIndex()
     return coco
 
 
 def average_precision(truth, results, image_ids, task="det"):
     """COCO truth and results (list of {image_id, category_id, score, and bbox, segmentation or
     keypoints}) -> the numbers of COCO's metric, by name."""
-    coco = coco_index(truth)
     kind, names, _, _ = COCO_TASKS[task]
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()):    # pycocotools prints what it does
+        coco = coco_index(truth)
         if results:
             predictions = coco.loadRes(results)
         else:
@@ -599,6 +580,7 @@ def average_precision(truth, results, image_ids, task="det"):
 # --------------------------------------------------------------------------------------------------
 # captions: n-grams in common with what people wrote
 
+CAPTION_METRICS = "ROUGE_L", "CIDEr", "BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4"
 BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 WORD = re.compile(r"""
     (?:mrs?|ms|dr|st|ave|jr|sr|vs|etc|no(?=\.[ ]\d))\.             # mr.  no. 5
@@ -695,9 +677,6 @@ def cider(pairs, sigma=6.0):
             {gram: count * (rare - math.log(max(1, seen[gram]))) for gram, count in counts.items()}
             for counts in ngrams(words)]
 
-    def norm(weights):
-        return math.sqrt(sum(w * w for w in weights.values()))
-
     total = 0.0
     for candidate, references in pairs:
         weights = weigh(candidate)
@@ -706,7 +685,8 @@ def cider(pairs, sigma=6.0):
             for a, b in zip(weights, weigh(reference)):
                 # The smaller of two weights: repeating a word gains nothing.
                 dot = sum(min(w, b[gram]) * b[gram] for gram, w in a.items() if gram in b)
-                total += penalty * dot / (norm(a) * norm(b) or 1.0) / (4 * len(references))
+                norms = math.hypot(*a.values()) * math.hypot(*b.values())
+                total += penalty * dot / (norms or 1.0) / (4 * len(references))
     return 10 * total / len(pairs)
 
 
@@ -727,11 +707,9 @@ def caption_scores(candidates, references):
     texts = [text for i, candidate in candidates.items() for text in (candidate, *references[i])]
     words = iter(official_words(texts) if official else map(caption_words, texts))
     pairs = [(next(words), [next(words) for _ in references[i]]) for i in candidates]
-    scores = {"ROUGE_L": rouge_l(pairs), "CIDEr": cider(pairs)}
-    for n, score in enumerate(bleu(pairs), 1):
-        scores[f"BLEU_{n}"] = score
-    scores = {name: round(float(score), 5) for name, score in scores.items()}
-    return scores | {"words": "ptb" if official else "own"}
+    scores = zip(CAPTION_METRICS, (rouge_l(pairs), cider(pairs), *bleu(pairs)))
+    rounded = {name: round(float(score), 5) for name, score in scores}
+    return rounded | {"words": "ptb" if official else "own"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -785,8 +763,8 @@ def as_frames(pixels):
 
 def image_batches(pixels, device, size=256):
     """Yields uint8 (B, C, H, W) on the device."""
-    for part in np.array_split(pixels, -(-len(pixels) // size)):
-        yield torch.from_numpy(part).to(device.device).movedim(-1, 1)
+    for part in torch.from_numpy(pixels).split(size):
+        yield part.to(device.device).movedim(-1, 1)
 
 
 def real_pixels(source, c, count):
@@ -885,6 +863,7 @@ class Inception:
     batch = 64
 
     def __init__(self, path, device):
+        self.path = path
         with open(path, "rb") as f:
             self.key = hashlib.sha256(f.read()).hexdigest()[:16]
         try:
@@ -901,8 +880,8 @@ class Inception:
         """Pixels -> (N, D) features, and (N, K) probabilities or None, float32."""
         outputs = []
         for images in image_batches(self.items(pixels), self.device, self.batch):
-            grey = [3 if images.shape[1] == 1 else -1, *[-1] * (images.ndim - 2)]
-            output = self.outputs(images.expand(-1, *grey).contiguous())
+            # A grey image has one channel, the network takes three.
+            output = self.outputs(images.repeat_interleave(3 // images.shape[1], dim=1))
             outputs.append(output if isinstance(output, tuple) else (output,))
         features, *rest = (torch.cat(parts).float().cpu().numpy() for parts in zip(*outputs))
         return features.reshape(len(features), -1), rest[0] if rest else None
@@ -935,7 +914,7 @@ def network_scores(network, name, pixels, train, c):
     """Frechet distance to training items in a network's features, and Inception Score."""
     features, probabilities = network.features(pixels)
     count = 5 * len(pixels) if train.endless else FID_IMAGES
-    real = real_statistics(network, train, c, count, c.sampling.stats_dir)
+    real = real_statistics(network, train, c, count)
     scores = {name: frechet_distance(*feature_statistics(features), *real)}
     if probabilities is not None:
         mean, std = inception_score(probabilities)
@@ -943,21 +922,18 @@ def network_scores(network, name, pixels, train, c):
     return scores
 
 
-def real_statistics(network, train, c, count, folder=""):
-    """Mean and covariance of a network's features of training items. With a folder they are kept
-    there, in a file whose name says what they are of."""
+def real_statistics(network, train, c, count):
+    """Mean and covariance of a network's features of training items. They are kept beside the
+    network, in a file whose name says what they are of."""
     of = [asdict(c.data), os.path.abspath(c.data.data_dir), len(train), count, network.key]
     of += [c.model.sample_shape, c.model.cond_frames]
     key = hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]
-    path = os.path.join(folder, f"fid_statistics_{key}.npz")
-    damaged = OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile
-    with contextlib.suppress(*damaged):
+    path = f"{network.path}.statistics_{key}.npz"
+    with contextlib.suppress(OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         with np.load(path) as stored:
             return stored["mean"], stored["cov"]
     mean, cov = feature_statistics(network.features(real_pixels(train, c, count)[0])[0])
-    if folder:
-        os.makedirs(folder, exist_ok=True)
-        np.savez(path, mean=mean, cov=cov)
+    np.savez(path, mean=mean, cov=cov)
     return mean, cov
 
 
@@ -977,7 +953,6 @@ class EvalOptions(sample.Options):
     truth_masks: str = ""               # its PNGs; of results of videos their folder
     batch_size: int = 16                # items at a time
     workers: int = min(4, (os.cpu_count() or 1) - 1)        # processes that load data
-    dtype: str = "float32"              # float32, bfloat16 or float16
     out: str = ""                       # start of the names of the files; empty: the checkpoint's
 
 
@@ -987,7 +962,7 @@ def main():
     args = parser.parse(sys.argv[1:])
     options = sample.given(EvalOptions(), vars(args))
     try:
-        device = Device(options.device, options.dtype)
+        device = Device(options.device, options.dtype, options.compile)
         if options.results:
             print_scores(score_files(options))
         elif options.watch:
@@ -1004,8 +979,6 @@ def run(path, options, args, device):
     """Evaluate one checkpoint, print its numbers and save them beside it."""
     model, c = sample.load_model(path, device)
     c = sample.changed(c, **vars(args))
-    if not c.sampling.stats_dir:
-        c = sample.changed(c, stats_dir=os.path.dirname(path))
     tasks, start = sample.pick_tasks(options.task, c), time.time()
     if options.truth and not set(tasks) <= set(TRUTH):
         raise ValueError(f"--truth: only for {', '.join(TRUTH)}, this model generates")
@@ -1055,30 +1028,22 @@ def score_files(options):
     return scores | region_and_boundary(zip(truth, found), truth.categories)
 
 
-def write_objects(task, predictions, stem):
-    return write_json(coco_results(task, predictions), stem)
-
-
-def write_captions(predictions, stem):
-    return write_json(
-        [{"image_id": i, "caption": p["caption"]} for i, p in predictions.items()], stem)
-
-
-def write_json(results, stem):
+def write_results(task, predictions, stem):
+    """A JSON file in COCO's format of results."""
+    if task == "cap":
+        results = [{"image_id": i, "caption": p["caption"]} for i, p in predictions.items()]
+    else:
+        results = coco_results(task, predictions)
     with open(f"{stem}.json", "w") as f:
         json.dump(results, f)
-    return f"{stem}.json"
+        return f.name
 
 
 def write_samples(predictions, stem):
     return sample.draw_grid(list(predictions.values())[:64], stem)
 
 
-WRITE = {
-    "det": partial(write_objects, "det"),
-    "seg": partial(write_objects, "seg"),
-    "kpt": partial(write_objects, "kpt"),
-    "cap": write_captions,
+WRITE = {task: partial(write_results, task) for task in (*COCO_TASKS, "cap")} | {
     "gen": write_samples,
     "ar": write_samples,
     "pan": sample.write_maps,

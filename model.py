@@ -16,18 +16,19 @@ Left out: the training (train.py), what tokens mean (tokenizer.py), noise and sa
 """
 import argparse
 import contextlib
+import copy
 import glob
+import importlib.util
 import json
 import math
-import operator
 import os
 import re
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import accumulate
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -42,13 +44,13 @@ from tqdm import tqdm
 # blocks
 
 class Position(nn.Module):
-    """Adds a position code to tokens (B, N, dim), N = frames * rows * cols or less. kind: learned,
-    sin_cos, or sin_cos_plus_learned (their sum, the learned part zero at first)."""
+    """Adds a position code to tokens (..., N, dim), N = frames * rows * cols or less. kind:
+    learned, sin_cos, or sin_cos_plus_learned (their sum, the learned part zero at first)."""
 
     def __init__(self, kind, rows, cols, dim, maximum=2 * math.pi, frames=1):
         super().__init__()
         check_choice(kind, ("learned", "sin_cos", "sin_cos_plus_learned"), "position code")
-        n, self.residual = frames * rows * cols, None
+        n, self.shape, self.residual = frames * rows * cols, (rows, cols), None
         if kind == "learned":
             self.code = embedding(n, dim)
             return
@@ -63,8 +65,13 @@ class Position(nn.Module):
     def table(self):
         return self.code if self.residual is None else self.code + self.residual
 
-    def forward(self, x, start=0):
-        return x + self.table()[start:start + x.shape[1]]
+    def forward(self, x, at=None):
+        """at: positions of the tokens; None: they are the first."""
+        return x + self.table()[slice(x.shape[-2]) if at is None else at]
+
+    def start(self, count):
+        """The code alone, where latents of `count` examples start: (count, rows, cols, dim)."""
+        return self.table().unflatten(0, self.shape).expand(count, -1, -1, -1)
 
 
 class Attention(nn.Module):
@@ -88,13 +95,16 @@ class Attention(nn.Module):
         q = self.q(x).unflatten(2, (self.heads, -1))    # (B, T, nh, hs)
         return q.transpose(1, 2)                        # (B, nh, T, hs)
 
-    def forward(self, x, kv, causal=0):
+    def forward(self, x, kv, causal=0, at=None):
+        """causal: see Layer. at: positions (T,) of x, of which keys have the first N; None: the
+        same ones."""
         q, (k, v) = self.query(x), kv                   # (B, nh, T, hs), (B, nh, N, hs)
         dropout, mask = self.dropout if self.training else 0.0, None
-        if causal > 1:                                  # of tokens in chunks, see Layer
-            chunk = torch.arange(x.shape[1], device=x.device) // causal
-            mask = chunk[:, None] >= chunk              # (T, T)
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal == 1)
+        if causal > 1 or at is not None:
+            chunk = torch.arange(k.shape[2], device=x.device) // causal
+            mask = (chunk if at is None else at // causal)[:, None] >= chunk        # (T, N)
+        is_causal = causal == 1 and mask is None
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
         return self.out(y.transpose(1, 2).flatten(2))   # (B, T, dim)
 
 
@@ -133,20 +143,20 @@ class Layer(nn.Module):
         self.mlp = MLP(dim, mlp_dim, drop_path, dropout) if mlp_dim else nn.Identity()
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x, context=None, cache=None):
-        """x: (S, T, dim). context: (B, N, context_dim), with S / B sequences about each image."""
+    def forward(self, x, context=None, cache=None, at=None):
+        """x: (S, T, dim). context: (B, N, context_dim), with S / B sequences about each image.
+        With a cache, which has the context, x are tokens at positions `at` (T,)."""
         if self.checkpointing and self.training:
             return checkpoint(self.compute, x, context, use_reentrant=False)
-        return self.compute(x, context, cache)
+        return self.compute(x, context, cache, at)
 
-    def compute(self, x, context, cache=None):
+    def compute(self, x, context, cache=None, at=None):
         if hasattr(self, "self_att"):
             y = self.self_norm(x)
             kv = self.self_att.project(y)               # (2, S, nh, T, hs)
             if cache is not None:
-                kv = cache.append(kv)
-            causal = self.causal if x.shape[1] > self.causal else 0
-            x = x + self.drop_path(self.self_att(y, kv, causal))
+                kv = cache.append(kv, at)
+            x = x + self.drop_path(self.self_att(y, kv, self.causal, at))
         if hasattr(self, "cross_att"):
             kv = self.project_context(context) if cache is None else cache.context
             # Nothing is masked here, so the sequences about an image are just more queries.
@@ -159,90 +169,40 @@ class Layer(nn.Module):
 
 
 class Cache:
-    """Keys and values of one layer: of its context, if it has one, and of the tokens up to now, of
-    which there will be at most `most`."""
+    """Keys and values of one layer: of its context, if it has one, and of tokens up to now, in
+    shapes that change seldom: with `room` for so many tokens."""
 
-    def __init__(self, layer, context, most=0):
-        self.context = None if context is None else layer.project_context(context)
-        self.written, self.most, self.length = None, most, 0
+    def __init__(self, layer, context, room=0):
+        self.context, self.written, self.room = None, None, room
+        if context is not None:
+            self.context = layer.project_context(context).contiguous()      # read at every token
 
-    def append(self, kv):
-        """Keys and values of new tokens (2, S, nh, T, hs) -> those of all tokens up to now."""
+    def append(self, kv, at):
+        """Keys and values of tokens at positions `at` (T,), (2, S, nh, T, hs) -> (2, S, nh, room,
+        hs), those of all tokens up to now; later ones are zeros."""
         if self.written is None:
-            self.written = kv.new_empty(*kv.shape[:3], self.most, kv.shape[4])
-        start, self.length = self.length, self.length + kv.shape[3]
-        self.written[:, :, :, start:self.length] = kv
-        return self.written[:, :, :, :self.length]
+            self.written = kv.new_zeros(*kv.shape[:3], 0, kv.shape[4])
+        missing = self.room - self.written.shape[3]
+        if missing:
+            self.written = F.pad(self.written, (0, 0, 0, missing))
+        return self.written.index_copy_(3, at, kv)
+
+    def select(self, rows):
+        """Goes on with these of the sequences."""
+        self.written = self.written[:, rows]
 
 
-# --------------------------------------------------------------------------------------------------
-# FIT, Far-reaching Interleaved Transformer (2305.12689): layers over groups, reads and writes
+class Layers(nn.ModuleList):
+    """So many Layers, one after the other."""
 
-class FITBlock(nn.Module):
-    """The tokens x of a group attend to each other; a few latents of the group read them; the
-    latents of all groups attend to each other; the tokens read the latents of their group.
+    def __init__(self, count, *sizes, **options):
+        super().__init__(Layer(*sizes, **options) for _ in range(count))
 
-    local, processing: layers of tokens, of latents; without the latter a block ends after the first
-    causal: latents of a group, if no group may see later ones: then tokens read the group before
-    last: whether nothing is written back. cond: whether latents also read extra tokens
-    """
-
-    def __init__(
-            self, local, processing, dim, latent_dim, heads, latent_heads, mlp_ratio, causal=0,
-            last=False, cond=False, read_mlp=False, context_norm=True, self_attention=True,
-            **rates):
-        super().__init__()
-        self.causal, self.read = causal, None
-        self.local = nn.ModuleList(
-            Layer(dim, mlp_ratio * dim, heads, causal=min(causal, 1),
-                  self_attention=self_attention, **rates)
-            for _ in range(local))
-        self.process = nn.ModuleList(
-            Layer(latent_dim, mlp_ratio * latent_dim, latent_heads, causal=causal, **rates)
-            for _ in range(processing))
-        attend = partial(Layer, self_attention=False, context_norm=context_norm)
-        between = dict(heads=min(heads, latent_heads), att_dim=min(dim, latent_dim))
-        if processing:
-            hidden = mlp_ratio * latent_dim * read_mlp
-            self.read = attend(latent_dim, hidden, context_dim=dim, **between)
-        self.read_cond = self.write = None
-        if processing and cond:
-            self.read_cond = attend(latent_dim, 0, latent_heads, context_dim=latent_dim)
-        if processing and not last:
-            hidden = mlp_ratio * dim * read_mlp
-            self.write = attend(dim, hidden, context_dim=latent_dim, **between)
-
-    def forward(self, x, latents, cond=None):
-        """x (B, G, N, dim), latents (B, G, M, latent_dim), and extra tokens (B, K, latent_dim)."""
-        groups, x = x.shape[:2], x.flatten(0, 1)        # (B G, N, dim)
-        for layer in self.local:
-            x = layer(x)
-        if self.read is not None:
-            latents = self.read(latents.flatten(0, 1), x)                   # (B G, M, latent_dim)
-            latents = latents.unflatten(0, groups).flatten(1, 2)            # (B, G M, latent_dim)
-            if self.read_cond is not None:
-                latents = self.read_cond(latents, cond)
-            for layer in self.process:
-                latents = layer(latents)
-            latents = latents.unflatten(1, (groups[1], -1))                 # (B, G, M, latent_dim)
-        if self.write is not None:
-            known = latents
-            if self.causal:
-                known = torch.cat([torch.zeros_like(latents[:, :1]), latents[:, :-1]], 1)
-            x = self.write(x, known.flatten(0, 1))
-        return x.unflatten(0, groups), latents
-
-
-def fit_blocks(layers, **options):
-    """"(2)4(1)" -> FITBlocks of 2 local layers and 4 of latents, and of 1 local layer."""
-    if not re.fullmatch(r"(\(\d+\)[1-9]\d*)*\(\d+\)\d*", layers):
-        raise ValueError(
-            f"fit_layers {layers!r}: expected local layers in brackets, layers of latents behind "
-            "them, and so on, as in '(2)4(2)4' or '(2)4(2)'")
-    counts = re.findall(r"\((\d+)\)(\d*)", layers)
-    return nn.ModuleList(
-        FITBlock(int(local), int(processing or 0), last=n == len(counts), **options)
-        for n, (local, processing) in enumerate(counts, 1))
+    def forward(self, x, context=None, caches=(), at=None):
+        """caches: of each layer, or of none; see `Layer`."""
+        for layer, cache in zip_longest(self, caches):
+            x = layer(x, context, cache, at)
+        return x
 
 
 # --------------------------------------------------------------------------------------------------
@@ -297,23 +257,23 @@ class Encoder(nn.Module):
     def __init__(self, c):
         super().__init__()
         check_choice(c.encoder, ("vit", "resnet", "fit"), "encoder")
+        stages = []
         if c.encoder == "vit":         # pixels beyond the last whole patch are not seen: 5 of 1333
             self.patch = nn.Conv2d(3, c.enc_dim, c.patch_size, c.patch_size)
             self.grid = tuple(side // c.patch_size for side in c.image_size)
         else:
             self.resnet = ResNet(c)
-            self.patch = nn.Linear(self.resnet.channels, c.enc_dim)
+            *stages, (channels, *grid) = self.resnet.shapes
+            self.grid = tuple(grid)
+            self.patch = nn.Linear(channels, c.enc_dim)
             self.dropout = nn.Dropout(c.dropout)
-            self.grid = self.resnet.shapes[-1][1:]
         if 0 in self.grid:
             raise ValueError(f"image_size {c.image_size} is smaller than patch_size {c.patch_size}")
-        stages = self.resnet.shapes[:-1] if c.encoder == "resnet" else []
         self.shapes = [*stages, (c.enc_dim, *self.grid)]       # of feature maps, finest first
         self.patch_norm = layer_norm(c.enc_dim)
         self.position = Position(c.pos_encoding, *self.grid, c.enc_dim)
         self.cls = embedding(1, c.enc_dim) if c.cls_token else None
-        self.layers = nn.ModuleList(
-            Layer(c.enc_dim, c.enc_mlp, c.enc_heads, **dropouts(c)) for _ in range(c.enc_layers))
+        self.layers = Layers(c.enc_layers, c.enc_dim, c.enc_mlp, c.enc_heads, **dropouts(c))
         self.norm = layer_norm(c.enc_dim)
 
     def forward(self, images, pyramid=False):
@@ -329,39 +289,42 @@ class Encoder(nn.Module):
         x = self.position(self.patch_norm(x))
         if self.cls is not None:
             x = torch.cat([self.cls.expand(len(x), 1, -1), x], 1)           # (B, 1 + N, D)
-        for layer in self.layers:
-            x = layer(x)
-        x = self.norm(x)
+        x = self.norm(self.layers(x))
         if not pyramid:
             return x
         return x, [*maps, x.transpose(1, 2).unflatten(2, self.grid)]        # (B, D, h, w)
 
 
-class Decoder(nn.Module):
+class Vocabulary(nn.Module):
+    """The tables of a network that reads and writes tokens."""
+
+    def __init__(self, c, size, dim):
+        super().__init__()
+        self.embed = embedding(size, dim)
+        self.unembed = None if c.shared_embedding else embedding(size, dim)
+        self.bias = embedding(size) if c.output_bias else None
+
+    def scores(self, x):
+        """What the network makes of tokens (..., dim) -> logits of the next ones (..., size)."""
+        return F.linear(x, self.embed if self.unembed is None else self.unembed, self.bias)
+
+
+class Decoder(Vocabulary):
     """Tokens (S, T) and encoded images (B, N, dec_dim) -> what `scores` makes logits of the next
     tokens of (S, T, D)."""
 
     def __init__(self, c, context_dim):
-        super().__init__()
-        self.embed = embedding(c.vocab_size, c.dec_dim)
-        self.unembed = self.embed if c.shared_embedding else embedding(c.vocab_size, c.dec_dim)
-        self.bias = embedding(c.vocab_size) if c.output_bias else None
+        super().__init__(c, c.vocab_size, c.dec_dim)
         self.position = Position(c.pos_encoding_dec, c.max_seq_len, 1, c.dec_dim)
-        self.layers = nn.ModuleList(
-            Layer(c.dec_dim, c.dec_mlp, c.dec_heads, context_dim, causal=True, **dropouts(c))
-            for _ in range(c.dec_layers))
+        self.layers = Layers(
+            c.dec_layers, c.dec_dim, c.dec_mlp, c.dec_heads, context_dim, causal=True,
+            **dropouts(c))
         self.norm = layer_norm(c.dec_dim)
 
-    def forward(self, tokens, context, caches=None):
-        """With a Cache for each layer, tokens are the ones that follow those in it."""
-        start = caches[0].length if caches else 0
-        x = self.position(F.embedding(tokens, self.embed), start)           # (S, T, D)
-        for layer, cache in zip(self.layers, caches or [None] * len(self.layers)):
-            x = layer(x, context, cache)
-        return self.norm(x)
-
-    def scores(self, x):
-        return F.linear(x, self.unembed, self.bias)
+    def forward(self, tokens, context, caches=(), at=None):
+        """With a Cache for each layer, tokens are those at positions `at` (T,)."""
+        x = self.position(F.embedding(tokens, self.embed), at)              # (S, T, D)
+        return self.norm(self.layers(x, context, caches, at))
 
 
 class Generated(NamedTuple):
@@ -413,7 +376,7 @@ class Pix2Seq(nn.Module):
     @torch.no_grad()
     def generate(
             self, context, prompts, length, samples=1, temperature=1.0, top_k=0, top_p=1.0,
-            end=None, return_logprobs=slice(0), suppress=None, generator=None, cache=True):
+            end=None, return_logprobs=slice(0), suppress=None, generator=None):
         """Writes up to `length` tokens after each prompt. Returns Generated.
 
         context:     (B, N, dec_dim), from `encode`; every sequence about an image shares it
@@ -425,39 +388,54 @@ class Pix2Seq(nn.Module):
         suppress:    token that may be written and read on, but in the result another stands in its
                      place, drawn without it; no probability counts it (2206.07669)
         generator:   torch.Generator on the device of `context`, for results that repeat
-        cache:       False decodes the whole prefix again for every token: for tests and timing
         """
         B, P, V = len(context), prompts.shape[-1], self.config.vocab_size
         if P + length > self.config.max_seq_len + 1:
             raise ValueError(                           # the last token is never read
                 f"prompt of {P} and {length} tokens exceed max_seq_len {self.config.max_seq_len}")
-        written = prompts.reshape(-1, P).repeat_interleave(samples, 0)      # (S, P)
-        S, caches = len(written), None
-        if cache:
-            caches = [Cache(layer, context, P + length) for layer in self.decoder.layers]
-        draw = partial(
-            sample_token, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-        tokens = written.new_zeros(S, length)
-        probs = torch.zeros(S, length, device=context.device)
+        new = prompts.reshape(-1, P)                    # what the decoder has not seen
+        S, device = len(new) * samples, context.device
+        at = torch.arange(P, device=device)             # positions of `new`
+        caches = [Cache(layer, context) for layer in self.decoder.layers]
+        tokens = new.new_zeros(S, length)
+        probs = torch.zeros(S, length, device=device)
         logprobs = probs.new_full((S, length, len(range(V)[return_logprobs])), -math.inf)
-        ended, new = torch.zeros(S, dtype=torch.bool, device=context.device), written
+        rows = torch.arange(S, device=device)           # the sequences that have not ended
+        draw = partial(sample_token, temperature=temperature, top_k=top_k, top_p=top_p)
         for t in range(length):
-            x = self.decoder(new, context, caches)[:, -1]                   # (S, D)
+            for layer in caches:                        # attention masks what is to come
+                layer.room = 64 * math.ceil((P + t) / 64)
+            x = self.decoder(new, context, caches, at)[:, -1]               # (S, D)
+            if t == 0:                                  # samples of a prompt part here
+                x = x[rows // samples]
+                for layer in caches:
+                    layer.select(rows // samples)
             logits = self.decoder.scores(x).float()     # (S, V)
-            token = shown = draw(logits)                # (S,)
+            uniform = torch.rand(2, S, generator=generator, device=device)[:, rows]
+            token = shown = draw(logits, uniform[0])    # (S,)
             if suppress is not None:
                 logits[:, suppress] = -math.inf
-                shown = torch.where(token == suppress, draw(logits), token)
+                shown = torch.where(token == suppress, draw(logits, uniform[1]), token)
             logprob = logits.log_softmax(-1)
-            tokens[:, t] = shown.masked_fill(ended, 0)
-            prob = logprob.gather(1, shown[:, None])[:, 0].exp()
-            probs[:, t] = prob.masked_fill(ended, 0.0)
-            logprobs[:, t] = logprob[:, return_logprobs]
-            if end is not None:
-                ended |= shown == end
-                if t % 16 == 15 and ended.all():        # reading it waits for the GPU: not often
+            tokens[rows, t] = shown
+            probs[rows, t] = logprob.gather(1, shown[:, None])[:, 0].exp()
+            logprobs[rows, t] = logprob[:, return_logprobs]
+            new, at = token[:, None], at[-1:] + 1
+            if end is not None and t % 16 == 15:        # reading it waits for the GPU: not often
+                ended = (tokens[rows, :t + 1] == end).any(1).view(B, -1)
+                most = int((~ended).sum(1).max())       # as many for each image
+                if not most:
                     break
-            new = token[:, None] if cache else torch.cat([new, token[:, None]], 1)
+                G = ended.shape[1]
+                if most < G:
+                    kept = ended.sort(dim=1, stable=True).indices[:, :most]     # of an image's G
+                    kept = (kept + G * torch.arange(B, device=device)[:, None]).flatten()
+                    rows, new = rows[kept], new[kept]
+                    for layer in caches:
+                        layer.select(kept)
+        if end is not None:
+            after = (tokens == end).cumsum(1).cumsum(1) > 1
+            tokens, probs = tokens.masked_fill(after, 0), probs.masked_fill(after, 0.0)
         return Generated(*(x.unflatten(0, (B, S // B)) for x in (tokens, probs, logprobs)))
 
 
@@ -470,22 +448,22 @@ def filter_logits(logits, top_k=0, top_p=1.0):
         logits = logits.masked_fill(logits < smallest, -math.inf)
     if top_p < 1:
         ordered = logits.sort(-1, descending=True).values
-        within = ordered.softmax(-1).cumsum(-1) <= top_p
-        within[:, 0] = True
-        smallest = ordered.masked_fill(~within, math.inf).amin(-1, keepdim=True)
+        within = (ordered.softmax(-1).cumsum(-1) <= top_p).sum(-1, keepdim=True)
+        smallest = ordered.gather(-1, within.clamp(min=1) - 1)
         logits = logits.masked_fill(logits < smallest, -math.inf)
     return logits
 
 
-def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """(S, V) float -> (S,) int64, drawn from the filtered softmax; the likeliest if temperature is
-    0 or top_k is 1."""
+def sample_token(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
+    """(S, V) float -> (S,) int64, drawn from the filtered softmax by uniform random numbers (S,);
+    the likeliest if temperature is 0 or top_k is 1."""
     if temperature == 0 or top_k == 1:
         return logits.argmax(-1)
     probs = filter_logits(logits / temperature, top_k, top_p).softmax(-1)
-    # The largest of p / Exponential(1) is a draw from p; unlike torch.multinomial it never waits
-    # for the device.
-    return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
+    # The first token up to which the sum is larger; unlike torch.multinomial it never waits for the
+    # device.
+    sums = probs.cumsum(-1)
+    return (sums <= uniform[:, None] * sums[:, -1:]).sum(-1)
 
 
 def token_loss(forward, batch, c):
@@ -521,7 +499,7 @@ def output_losses(decoder, x, targets, smoothing, most=1 << 24):
     def losses(x, targets):
         return token_losses(decoder.scores(x), targets, smoothing)
 
-    rows = most // len(decoder.unembed)
+    rows = most // len(decoder.embed)
     if targets.numel() <= rows:
         return losses(x, targets)
     parts = zip(x.flatten(0, -2).split(rows), targets.flatten().split(rows))
@@ -544,18 +522,17 @@ def sincos(coords, dim):
     return torch.cat([angles[..., 0::2].sin(), angles[..., 1::2].cos()], -1)
 
 
-def sincos_1d(n, dim, maximum):
-    """(n, dim) float32 code of n coordinates spread evenly over [0, maximum]."""
-    return sincos(torch.arange(n, dtype=torch.float32) / max(n - 1, 1) * maximum, dim)
+def spread(n, maximum):
+    """n coordinates spread evenly over [0, maximum], float32."""
+    return torch.arange(n, dtype=torch.float32) / max(n - 1, 1) * maximum
 
 
 def sincos_2d(rows, cols, dim, maximum):
     """(rows * cols, dim) float32: half of the width codes the row, half the column."""
-    if rows == 1 or cols == 1:
-        return sincos_1d(rows * cols, dim, maximum)
-    y = sincos_1d(rows, dim // 2, maximum).repeat_interleave(cols, 0)
-    x = sincos_1d(cols, dim // 2, maximum).repeat(rows, 1)
-    return torch.cat([y, x], -1)
+    if 1 in (rows, cols):
+        return sincos(spread(rows * cols, maximum), dim)
+    coords = torch.cartesian_prod(spread(rows, maximum), spread(cols, maximum))     # (N, 2)
+    return sincos(coords, dim // 2).flatten(1)          # (N, dim)
 
 
 def embedding(*shape):
@@ -654,14 +631,16 @@ class Bottleneck(nn.Module):
     """Residual block of 1x1, 3x3 and 1x1 convolutions, the stride in the 3x3 (1512.03385, v1); at
     first the identity."""
 
-    def __init__(self, inputs, width, stride=1, dilation=1, shortcut=False):
+    def __init__(self, inputs, width, stride=1, dilation=1):
         super().__init__()
         self.convs = nn.ModuleList([
             ConvNorm(inputs, width, 1),
             ConvNorm(width, width, 3, stride, dilation),
             ConvNorm(width, 4 * width, 1, scale=0.0),
         ])
-        self.shortcut = ConvNorm(inputs, 4 * width, 1, stride) if shortcut else nn.Identity()
+        self.shortcut = nn.Identity()
+        if inputs != 4 * width:
+            self.shortcut = ConvNorm(inputs, 4 * width, 1, stride)
 
     def forward(self, x):
         reduce, conv, expand = self.convs
@@ -680,7 +659,7 @@ RESNET_STRIDES = {                                      # variant: of each stage
 
 class ResNet(nn.Module):
     """Images (B, 3, H, W) -> list of the feature maps of all stages, finest first, of 256 * width *
-    2^i channels, the last `channels`.
+    2^i channels.
 
     With freeze_bn, batch norm uses and keeps the statistics, scales and offsets it was loaded with.
     Else several processes norm by their own images, unless SyncBatchNorm shares the statistics (see
@@ -697,21 +676,19 @@ class ResNet(nn.Module):
             stem = [ConvNorm(3, w // 2, 3), ConvNorm(w // 2, w // 2, 3), ConvNorm(w // 2, w, 3)]
         else:
             stem = [ConvNorm(3, w, 7, 2)]
-        self.stem, self.stages, self.channels = nn.ModuleList(stem), nn.ModuleList(), w
-        stride = 2 * stem[0].conv.stride[0]
-        total = [stride * factor for factor in accumulate(strides, operator.mul)]
-        self.shapes = [                                 # of the maps, finest first
-            (4 * w << i, *(math.ceil(side / stride) for side in c.image_size))
-            for i, stride in enumerate(total)]
+        self.stem, self.stages = nn.ModuleList(stem), nn.ModuleList()
+        self.shapes = []                                # (C, H, W) of the maps, finest first
+        channels, total = w, 2 * stem[0].conv.stride[0]         # total: stride from the image on
         for i, (stride, blocks) in enumerate(zip(strides, RESNET_BLOCKS[c.resnet_depth])):
-            width = w << i
+            width, total = w << i, total * stride
             # The first block of a dilated stage is not dilated, as in the reference.
             dilation = 2 if c.resnet_variant == "dc5" and i == 3 else 1
-            stage = [Bottleneck(self.channels, width, stride, shortcut=True)]
-            self.channels = 4 * width
+            stage = [Bottleneck(channels, width, stride)]
+            channels = 4 * width
             for _ in range(blocks - 1):
-                stage.append(Bottleneck(self.channels, width, dilation=dilation))
+                stage.append(Bottleneck(channels, width, dilation=dilation))
             self.stages.append(nn.Sequential(*stage))
+            self.shapes.append((channels, *(math.ceil(side / total) for side in c.image_size)))
         self.train()
 
     def norms(self):
@@ -802,7 +779,7 @@ def one_hot_labels(labels, classes, x):
     """Labels (B,) int64 of samples x (B, ...) -> (B, classes) float32, zeros for None and for -1, a
     label dropped for classifier-free guidance (2207.12598). Float features in their place pass."""
     if labels is None:
-        labels = torch.full((len(x),), -1, device=x.device)
+        return torch.zeros(len(x), classes, device=x.device)
     if labels.is_floating_point():
         return labels
     return F.one_hot(labels + 1, classes + 1)[:, 1:].float()
@@ -815,7 +792,7 @@ class SameConv2d(nn.Conv2d):
     def forward(self, x):
         pads, (kernel, _), (stride, _) = [], self.kernel_size, self.stride
         for size in (x.shape[3], x.shape[2]):
-            total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
+            total = max(kernel - (size % stride or stride), 0)
             pads += [total // 2, total - total // 2]
         return super().forward(F.pad(x, pads))
 
@@ -844,22 +821,23 @@ def check_rin(c, extra):
 
 
 def to_patches(x, patch_shape):
-    """(B, C, [T,] H, W) -> (B, N, t * p * p * C); frames of zeros fill the last patch in time."""
-    (t, p, _, C), (B, *_, H, W) = patch_shape, x.shape
+    """(B, C, [T,] H, W) -> (B, N, t * h * w * C); frames of zeros fill the last patch in time."""
+    (t, h, w, C), (B, *_, H, W) = patch_shape, x.shape
     x = x.reshape(B, C, -1, H, W)                       # (B, C, T, H, W)
     missing = -x.shape[2] % t
     x = F.pad(x, (0, 0, 0, 0, missing // 2, missing - missing // 2))
-    x = x.reshape(B, C, -1, t, H // p, p, W // p, p)
-    x = x.permute(0, 2, 4, 6, 3, 5, 7, 1)               # (B, T', H', W', t, p, p, C)
+    x = x.reshape(B, C, -1, t, H // h, h, W // w, w)
+    x = x.permute(0, 2, 4, 6, 3, 5, 7, 1)               # (B, T', H', W', t, h, w, C)
     return x.flatten(4).flatten(1, 3)
 
 
-def from_patches(x, grid, patch_shape, shape):
-    """(B, N, t * p * p * C), N = T' * H' * W' of the grid -> `shape`: (B, C, [T,] H, W)."""
-    x = x.view(len(x), *grid, *patch_shape)             # (B, T', H', W', t, p, p, C)
-    x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)               # (B, C, T', t, H', p, W', p)
-    x = x.reshape(*shape[:2], -1, *shape[-2:])          # (B, C, T, H, W)
-    return (x[:, :, :shape[2]] if len(shape) == 5 else x).reshape(shape)
+def from_patches(x, patch_shape, shape):
+    """(B, N, t * h * w * C) -> `shape`: (B, C, [T,] H, W)."""
+    (_, h, w, _), (B, C, *T, H, W) = patch_shape, shape
+    x = x.view(B, -1, H // h, W // w, *patch_shape)     # (B, T', H', W', t, h, w, C)
+    x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)               # (B, C, T', t, H', h, W', w)
+    x = x.reshape(B, C, -1, H, W)
+    return x[:, :, :math.prod(T)].reshape(shape)        # without what filled the last patch
 
 
 class WarmStart(nn.Module):
@@ -880,14 +858,14 @@ class WarmStart(nn.Module):
 
 
 class InterfaceConv(nn.Module):
-    """Depthwise convolution of each frame of the interface (B, frames * rows * cols + K, dim); the
-    extra tokens pass."""
+    """Depthwise convolution of each frame of the interface (B, frames * rows * cols + K, dim) of
+    such a grid; the extra tokens pass."""
 
-    def __init__(self, frames, rows, cols, dim, kernel, dropout):
+    def __init__(self, c, grid):
         super().__init__()
-        self.grid = frames, rows, cols
-        self.depthwise_conv = SameConv2d(dim, dim, kernel, groups=dim)
-        self.norm, self.dropout = group_norm(dim), nn.Dropout(dropout)
+        dim, self.grid = c.interface_dim, grid
+        self.depthwise_conv = SameConv2d(dim, dim, c.conv_kernel, groups=dim)
+        self.norm, self.dropout = group_norm(dim), nn.Dropout(c.conv_dropout)
         self.pointwise_conv = starts_at_zero(nn.Conv2d(dim, dim, 1))
 
     def forward(self, x):
@@ -954,14 +932,13 @@ class RINBlock(nn.Module):
         if c.cond_decoupled_read:
             width = min(cond_dim, c.latent_dim)
             self.read_cond = attend(c.latent_dim, latent_mlp, context_dim=cond_dim, att_dim=width)
-        self.process = nn.ModuleList(
-            Layer(c.latent_dim, latent_mlp, c.latent_heads, **dropouts(c)) for _ in range(layers))
+        self.process = Layers(layers, c.latent_dim, latent_mlp, c.latent_heads, **dropouts(c))
         if layers:
             self.write = attend(
                 c.interface_dim, interface_mlp, context_dim=c.latent_dim, att_dim=rw_dim)
         self.conv = nn.Identity()
         if layers and c.conv_kernel:
-            self.conv = InterfaceConv(*grid, c.interface_dim, c.conv_kernel, c.conv_dropout)
+            self.conv = InterfaceConv(c, grid)
 
     def forward(self, latents, interface, extra=None):
         """latents (B, M, latent_dim), interface (B, N, interface_dim), and extra tokens that are
@@ -971,9 +948,7 @@ class RINBlock(nn.Module):
             latents = self.read_cond(latents, extra)
         elif extra is not None:
             context = torch.cat([interface, extra], 1)          # (B, N + K, interface_dim)
-        latents = self.read(latents, context)
-        for layer in self.process:
-            latents = layer(latents)
+        latents = self.process(self.read(latents, context))
         if self.write is not None:
             interface = self.write(interface, latents)
         return latents, self.conv(interface)
@@ -996,16 +971,14 @@ class RIN(nn.Module):
         check_rin(c, extra=not c.time_on_latents or label_token and not c.cond_on_latents)
 
         rows, cols = (side // c.interface_patch for side in c.sample_size)
-        steps = math.ceil(c.frames / c.frame_stride)
-        all_steps = steps + math.ceil(c.cond_frames / c.frame_stride)
-        self.grid = steps, rows, cols                           # of the patches that are predicted
+        steps = sum(math.ceil(frames / c.frame_stride) for frames in (c.frames, c.cond_frames))
         self.patch_shape = c.frame_stride, c.interface_patch, c.interface_patch, c.channels
         patch_dim = math.prod(self.patch_shape)
         self.patch = nn.Linear(patch_dim, c.interface_dim)      # a convolution in the reference
         self.patch.fans = patch_dim // c.channels * (c.channels + c.interface_dim)
         self.patch_norm = layer_norm(c.interface_dim)
         self.interface_position = Position(
-            c.interface_position, rows, cols, c.interface_dim, c.time_scaling, all_steps)
+            c.interface_position, rows, cols, c.interface_dim, c.time_scaling, steps)
         own = c.latents - c.time_on_latents - label_token * c.cond_on_latents
         self.latent_position = Position(c.latent_position, own, 1, c.latent_dim, c.time_scaling)
         self.time_emb = ScalarEmbedding(
@@ -1022,15 +995,15 @@ class RIN(nn.Module):
         self.interface_prev = WarmStart(
             c.interface_dim, c.interface_mlp_ratio, "interface" in c.self_cond)
         self.blocks = nn.ModuleList(
-            RINBlock(c, layers, cond_dim, (all_steps, rows, cols)) for layers in c.latent_layers)
+            RINBlock(c, layers, cond_dim, (steps, rows, cols)) for layers in c.latent_layers)
         self.norm = layer_norm(c.interface_dim)
         self.output = nn.Linear(c.interface_dim, patch_dim)
         initialize(self)
 
-    def tokens(self, x, start=0):
+    def tokens(self, x, at=None):
         """(B, C, [T,] H, W) -> (B, N, interface_dim), frame by frame, row by row."""
         x = self.patch_norm(self.patch(to_patches(x, self.patch_shape)))
-        return self.interface_position(x, start)
+        return self.interface_position(x, at)
 
     def forward(self, x, gamma, self_cond=None, labels=None, frames=None):
         """A denoiser of diffusion.py.
@@ -1063,7 +1036,8 @@ class RIN(nn.Module):
         interface = self.interface_prev(self.tokens(x), old_interface)      # (B, n, interface_dim)
         n = interface.shape[1]
         if frames is not None:
-            interface = torch.cat([interface, self.tokens(frames, start=n)], 1)     # (B, N, ...)
+            context = self.tokens(frames, slice(n, None))
+            interface = torch.cat([interface, context], 1)      # (B, N, interface_dim)
         N = interface.shape[1]
         if c.cond_writable:
             interface, extra = torch.cat([interface, *extra], 1), []        # (B, N + K, ...)
@@ -1073,88 +1047,12 @@ class RIN(nn.Module):
             latents, interface = block(latents, interface, extra)
 
         out = self.output(self.norm(interface[:, :n]))          # (B, n, t * p * p * C)
-        out = from_patches(out, self.grid, self.patch_shape, x.shape)       # (B, C, [T,] H, W)
+        out = from_patches(out, self.patch_shape, x.shape)      # (B, C, [T,] H, W)
         return out, (latents, interface[:, :N])
 
 
 # --------------------------------------------------------------------------------------------------
-# FIT as an encoder of images, and as a denoiser (2305.12689)
-
-def fit_sizes(c):
-    """What FITBlocks take of a configuration of their own."""
-    return dict(
-        dim=c.fit_dim, latent_dim=c.fit_latent_dim, heads=c.fit_heads,
-        latent_heads=c.fit_latent_heads, mlp_ratio=c.fit_mlp_ratio, **dropouts(c))
-
-
-class Latents(Position):
-    """The start of the latents of all groups."""
-
-    def __init__(self, kind, groups, latents, dim):
-        super().__init__(kind, groups, latents, dim, 1000)
-        self.groups = groups, latents
-
-    def forward(self, count):
-        """For `count` images: (B, G, M, dim)."""
-        return self.table().unflatten(0, self.groups).expand(count, -1, -1, -1)
-
-
-def to_cells(x, side):
-    """(B, C, H, W) -> (B, side * side, C, H / side, W / side), row by row."""
-    x = x.unflatten(3, (side, -1)).unflatten(2, (side, -1))                 # (B, C, s, h, s, w)
-    return x.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-
-
-def from_cells(cells, side):
-    """The inverse of `to_cells`."""
-    x = cells.unflatten(1, (side, side)).permute(0, 3, 1, 4, 2, 5)          # (B, C, s, h, s, w)
-    return x.flatten(4, 5).flatten(2, 3)
-
-
-class FITEncoder(nn.Module):
-    """An Encoder whose groups are the cells of a grid over the image, and small copies of all of
-    it. Its output are the latents, or where `fit_layers` ends with local layers, the tokens."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.cells, self.copies, self.patch_size = c.fit_grid, c.fit_copies, c.patch_size
-        for side in c.image_size:
-            check_multiple(side, "image_size", c.fit_grid * c.patch_size, "fit_grid * patch_size")
-        rows, cols = (side // c.fit_grid // c.patch_size for side in c.image_size)
-        groups = c.fit_grid ** 2 + c.fit_copies
-        self.grid = rows, cols
-        self.patch = nn.Linear(3 * c.patch_size ** 2, c.enc_dim)
-        self.patch_norm = layer_norm(c.enc_dim)
-        self.position = Position(c.pos_encoding, rows * cols, 1, c.enc_dim, 1000)
-        self.latent_position = Latents(c.pos_encoding, groups, c.fit_latents, c.fit_latent_dim)
-        self.blocks = fit_blocks(
-            c.fit_layers,
-            dim=c.enc_dim,
-            latent_dim=c.fit_latent_dim,
-            heads=c.enc_heads,
-            latent_heads=c.enc_heads,
-            mlp_ratio=c.enc_mlp // c.enc_dim,
-            **dropouts(c),
-        )
-        self.norm, self.latent_norm = layer_norm(c.enc_dim), layer_norm(c.fit_latent_dim)
-        self.ends_local = self.blocks[-1].read is None
-        self.dim = c.enc_dim if self.ends_local else c.fit_latent_dim
-        unused = self.latent_norm if self.ends_local else self.norm         # checkpoints have both
-        unused.requires_grad_(False)
-
-    def forward(self, images):
-        cells = to_cells(images, self.cells)            # (B, cells, 3, h, w)
-        small = F.interpolate(images, cells.shape[-2:], mode="bilinear")[:, None]
-        groups = torch.cat([small] * self.copies + [cells], 1)              # (B, G, 3, h, w)
-        patches = to_patches(groups.flatten(0, 1), (1, self.patch_size, self.patch_size, 3))
-        x = self.position(self.patch_norm(self.patch(patches)))             # (B G, N, D)
-        x = x.unflatten(0, groups.shape[:2])
-        latents = self.latent_position(len(x))          # (B, G, M, latent_dim)
-        for block in self.blocks:
-            x, latents = block(x, latents)
-        out = self.norm(x) if self.ends_local else self.latent_norm(latents)
-        return out.flatten(1, 2)                        # (B, N, dim)
-
+# FIT, Far-reaching Interleaved Transformer (2305.12689): layers over groups, reads and writes
 
 @dataclass(frozen=True)
 class FITSizes(ImageConfig):
@@ -1173,6 +1071,9 @@ class FITSizes(ImageConfig):
     dropout: float = 0.0                # fraction of MLP units left out in training
     att_dropout: float = 0.0            # fraction of attention weights left out in training
 
+    # What a denoiser alone may have otherwise.
+    fit_local_attention, fit_read_mlp, fit_context_norm = True, False, True
+
 
 @dataclass(frozen=True)
 class FITConfig(FITSizes):
@@ -1186,37 +1087,159 @@ class FITConfig(FITSizes):
     cond_proj: bool = True              # a dense layer on the condition; else it has that width
 
 
-class FIT(nn.Module):
-    """FIT as a denoiser (2305.12689): groups are the cells of a grid over the image; time and
-    condition are tokens that all latents read."""
+class FITBlock(nn.Module):
+    """The tokens x of a group attend to each other; a few latents of the group read them; the
+    latents of all groups attend to each other; the tokens read the latents of their group.
 
-    def __init__(self, config):
+    local, processing: layers of tokens, of latents; without the latter a block ends after the first
+    causal: latents of a group, if no group may see later ones: then tokens read the group before
+    last: whether nothing is written back. cond: whether latents also read extra tokens
+    """
+
+    def __init__(self, c, local, processing, causal=0, last=False, cond=False):
         super().__init__()
-        c = self.config = config
-        check_choice(c.self_cond, ("none", "latent"), "self_cond")
-        for side in c.sample_size:
-            check_multiple(side, "sample_size", c.fit_grid * c.fit_patch, "fit_grid * fit_patch")
-        rows, cols = (side // c.fit_grid // c.fit_patch for side in c.sample_size)
-        self.grid = 1, rows, cols
+        self.causal = causal
+        dim, latent_dim = c.fit_dim, c.fit_latent_dim
+        mlp, latent_mlp = c.fit_mlp_ratio * dim, c.fit_mlp_ratio * latent_dim
+        self.local = Layers(
+            local, dim, mlp, c.fit_heads, causal=min(causal, 1),
+            self_attention=c.fit_local_attention, **dropouts(c))
+        self.process = Layers(
+            processing, latent_dim, latent_mlp, c.fit_latent_heads, causal=causal, **dropouts(c))
+        attend = partial(Layer, self_attention=False, context_norm=c.fit_context_norm)
+        between = dict(heads=min(c.fit_heads, c.fit_latent_heads), att_dim=min(dim, latent_dim))
+        self.read = self.read_cond = self.write = None
+        if processing:
+            hidden = latent_mlp * c.fit_read_mlp
+            self.read = attend(latent_dim, hidden, context_dim=dim, **between)
+        if processing and cond:
+            self.read_cond = attend(latent_dim, 0, c.fit_latent_heads, context_dim=latent_dim)
+        if processing and not last:
+            hidden = mlp * c.fit_read_mlp
+            self.write = attend(dim, hidden, context_dim=latent_dim, **between)
+
+    def forward(self, x, latents, cond=None):
+        """x (B, G, N, dim), latents (B, G, M, latent_dim), and extra tokens (B, K, latent_dim)."""
+        groups, x = x.shape[:2], self.local(x.flatten(0, 1))                # (B G, N, dim)
+        if self.read is not None:
+            latents = self.read(latents.flatten(0, 1), x)                   # (B G, M, latent_dim)
+            latents = latents.unflatten(0, groups).flatten(1, 2)            # (B, G M, latent_dim)
+            if self.read_cond is not None:
+                latents = self.read_cond(latents, cond)
+            latents = self.process(latents).unflatten(1, (groups[1], -1))   # (B, G, M, latent_dim)
+        if self.write is not None:
+            known = latents
+            if self.causal:
+                known = torch.cat([torch.zeros_like(latents[:, :1]), latents[:, :-1]], 1)
+            x = self.write(x, known.flatten(0, 1))
+        return x.unflatten(0, groups), latents
+
+
+def fit_blocks(c, **options):
+    """FITBlocks of a FITSizes: for fit_layers "(2)4(1)" one of 2 local layers and 4 of latents, and
+    one of 1 local layer."""
+    if not re.fullmatch(r"(\(\d+\)[1-9]\d*)*\(\d+\)\d*", c.fit_layers):
+        raise ValueError(
+            f"fit_layers {c.fit_layers!r}: expected local layers in brackets, layers of latents "
+            "behind them, and so on, as in '(2)4(2)4' or '(2)4(2)'")
+    counts = re.findall(r"\((\d+)\)(\d*)", c.fit_layers)
+    return nn.ModuleList(
+        FITBlock(c, int(local), int(processing or 0), last=n == len(counts), **options)
+        for n, (local, processing) in enumerate(counts, 1))
+
+
+# --------------------------------------------------------------------------------------------------
+# FIT as an encoder of images, and as a denoiser (2305.12689)
+
+def to_cells(x, side):
+    """(B, C, H, W) -> (B, side * side, C, H / side, W / side), row by row."""
+    x = x.unflatten(3, (side, -1)).unflatten(2, (side, -1))                 # (B, C, s, h, s, w)
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+
+
+def from_cells(cells, side):
+    """The inverse of `to_cells`."""
+    x = cells.unflatten(1, (side, side)).permute(0, 3, 1, 4, 2, 5)          # (B, C, s, h, s, w)
+    return x.flatten(4, 5).flatten(2, 3)
+
+
+class FITStem(nn.Module):
+    """What the first FITBlock of an encoder or a denoiser sees: tokens of the patches of all
+    groups, and the start of their latents."""
+
+    def __init__(self, c, groups):
+        super().__init__()
+        self.config = c
+        self.grid = tuple(side // c.fit_grid // c.fit_patch for side in c.sample_size)  # of a group
         self.patch_shape = 1, c.fit_patch, c.fit_patch, c.channels
         self.patch = nn.Linear(math.prod(self.patch_shape), c.fit_dim)
         self.patch_norm = layer_norm(c.fit_dim)
-        self.position = Position(c.fit_position, rows * cols, 1, c.fit_dim, 1000)
-        self.latent_position = Latents(
-            c.fit_position, c.fit_grid ** 2, c.fit_latents, c.fit_latent_dim)
+        self.position = Position(c.fit_position, math.prod(self.grid), 1, c.fit_dim, 1000)
+        self.latent_position = Position(
+            c.fit_position, groups, c.fit_latents, c.fit_latent_dim, 1000)
+
+    def tokens(self, groups):
+        """(B, G, C, h, w) -> (B, G, N, dim)."""
+        patches = to_patches(groups.flatten(0, 1), self.patch_shape)        # (B G, N, p * p * C)
+        x = self.position(self.patch_norm(self.patch(patches)))
+        return x.unflatten(0, groups.shape[:2])
+
+
+class FITEncoder(FITStem):
+    """An Encoder whose groups are the cells of a grid over the image, and small copies of all of
+    it. Its output are the latents, or where `fit_layers` ends with local layers, the tokens."""
+
+    def __init__(self, c):
+        for side in c.image_size:
+            check_multiple(side, "image_size", c.fit_grid * c.patch_size, "fit_grid * patch_size")
+        sizes = FITConfig(
+            sample_size=c.image_size,
+            fit_layers=c.fit_layers,
+            fit_grid=c.fit_grid,
+            fit_patch=c.patch_size,
+            fit_dim=c.enc_dim,
+            fit_heads=c.enc_heads,
+            fit_latents=c.fit_latents,
+            fit_latent_dim=c.fit_latent_dim,
+            fit_latent_heads=c.enc_heads,
+            fit_mlp_ratio=c.enc_mlp // c.enc_dim,
+            fit_position=c.pos_encoding,
+            **dropouts(c),
+        )
+        super().__init__(sizes, c.fit_grid ** 2 + c.fit_copies)
+        self.copies, self.blocks = c.fit_copies, fit_blocks(sizes)
+        self.norm, self.latent_norm = layer_norm(c.enc_dim), layer_norm(c.fit_latent_dim)
+        self.ends_local = self.blocks[-1].read is None
+        self.dim = c.enc_dim if self.ends_local else c.fit_latent_dim
+        unused = self.latent_norm if self.ends_local else self.norm         # checkpoints have both
+        unused.requires_grad_(False)
+
+    def forward(self, images):
+        cells = to_cells(images, self.config.fit_grid)  # (B, cells, 3, h, w)
+        small = F.interpolate(images, cells.shape[-2:], mode="bilinear")[:, None]
+        x = self.tokens(torch.cat([small] * self.copies + [cells], 1))      # (B, G, N, D)
+        latents = self.latent_position.start(len(x))    # (B, G, M, latent_dim)
+        for block in self.blocks:
+            x, latents = block(x, latents)
+        out = self.norm(x) if self.ends_local else self.latent_norm(latents)
+        return out.flatten(1, 2)                        # (B, N, dim)
+
+
+class FIT(FITStem):
+    """FIT as a denoiser (2305.12689): groups are the cells of a grid over the image; time and
+    condition are tokens that all latents read."""
+
+    def __init__(self, c):
+        check_choice(c.self_cond, ("none", "latent"), "self_cond")
+        for side in c.sample_size:
+            check_multiple(side, "sample_size", c.fit_grid * c.fit_patch, "fit_grid * fit_patch")
+        super().__init__(c, c.fit_grid ** 2)
         self.time_emb = ScalarEmbedding(c.fit_latent_dim, 1000, normalize=True)
         self.cond_proj = nn.Identity()
         if c.num_classes and c.cond_proj:
             self.cond_proj = nn.Linear(c.num_classes, c.fit_latent_dim)
         self.latent_prev = WarmStart(c.fit_latent_dim, c.fit_mlp_ratio, c.self_cond == "latent")
-        self.blocks = fit_blocks(
-            c.fit_layers,
-            cond=True,
-            read_mlp=c.fit_read_mlp,
-            context_norm=c.fit_context_norm,
-            self_attention=c.fit_local_attention,
-            **fit_sizes(c),
-        )
+        self.blocks = fit_blocks(c, cond=True)
         self.norm = layer_norm(c.fit_dim)
         self.output = nn.Linear(c.fit_dim, math.prod(self.patch_shape))
         initialize(self)
@@ -1238,13 +1261,12 @@ class FIT(nn.Module):
             token = self.cond_proj(one_hot_labels(labels, c.num_classes, x))
             cond = torch.cat([cond, token.view(len(x), -1, c.fit_latent_dim)], 1)
         cells = to_cells(x, c.fit_grid)                         # (B, G, C, h, w)
-        tokens = self.patch(to_patches(cells.flatten(0, 1), self.patch_shape))      # (B G, N, D)
-        tokens = self.position(self.patch_norm(tokens)).unflatten(0, cells.shape[:2])
-        latents = self.latent_prev(self.latent_position(len(x)), *(self_cond or ()))
+        tokens = self.tokens(cells)                             # (B, G, N, D)
+        latents = self.latent_prev(self.latent_position.start(len(x)), *(self_cond or ()))
         for block in self.blocks:
             tokens, latents = block(tokens, latents, cond)
         out = self.output(self.norm(tokens)).flatten(0, 1)      # (B G, N, p * p * C)
-        out = from_patches(out, self.grid, self.patch_shape, cells.flatten(0, 1).shape)
+        out = from_patches(out, self.patch_shape, cells.flatten(0, 1).shape)
         return from_cells(out.view(cells.shape), c.fit_grid), (latents,)
 
 
@@ -1261,78 +1283,74 @@ class ImageARConfig(FITSizes):
     output_bias: bool = True            # a bias on the scores of the tokens
 
     @property
-    def group_size(self):
-        """Height and width of a group."""
-        return (self.fit_patch, self.fit_patch) if self.fit_patch else self.sample_size
+    def group_shape(self):
+        """(1, height, width, channels) of a group, see `to_patches`."""
+        sides = (self.fit_patch, self.fit_patch) if self.fit_patch else self.sample_size
+        return 1, *sides, self.channels
 
 
 def image_tokens(pixels, c):
     """uint8 (B, C, H, W) -> int64 (B, G, N): a group per patch, those of every other row from right
     to left, so that each lies beside the last; in it pixels row by row, of each its colours."""
-    (h, w), levels = c.group_size, pixels.long() * c.levels // 256
-    x = levels.unflatten(3, (-1, w)).unflatten(2, (-1, h))      # (B, C, rows, h, cols, w)
-    x = x.permute(0, 2, 4, 3, 5, 1).clone()                     # (B, rows, cols, h, w, C)
-    x[:, 1::2] = x[:, 1::2].flip(2)
-    return x.flatten(3).flatten(1, 2)
+    levels = pixels.long() * c.levels // 256
+    return boustrophedon(to_patches(levels, c.group_shape), c)
 
 
 def token_image(tokens, c):
     """The inverse of `image_tokens`, up to what levels cannot tell apart."""
-    (h, w), (H, W) = c.group_size, c.sample_size
-    x = tokens.view(-1, H // h, W // w, h, w, c.channels).clone()
-    x[:, 1::2] = x[:, 1::2].flip(2)
-    x = x.permute(0, 5, 1, 3, 2, 4).reshape(-1, c.channels, H, W)
-    return ((2 * x + 1) * 128 // c.levels).byte()               # the middle of a level
+    middles = boustrophedon(((2 * tokens + 1) * 128 // c.levels).byte(), c)
+    return from_patches(middles, c.group_shape, (len(tokens), *c.sample_shape))
 
 
-class ImageAR(nn.Module):
+def boustrophedon(groups, c):
+    """Groups (B, G, N) of an image, row by row, with every other row turned."""
+    rows = groups.unflatten(1, (-1, c.sample_size[1] // c.group_shape[2])).clone()
+    rows[:, 1::2] = rows[:, 1::2].flip(2)
+    return rows.flatten(1, 2)
+
+
+class ImageAR(Vocabulary):
     """A causal FIT over the tokens of an image (2305.12689): a token sees those before it in its
     group, and latents of the groups before. With one group, a plain decoder."""
     RENAMES = "^decoder/layers/ blocks/0/local/\n^decoder/"
 
-    def __init__(self, config):
-        super().__init__()
-        c = self.config = config
+    def __init__(self, c):
         if not 2 <= c.levels <= 256:
             raise ValueError(f"levels {c.levels}: expected 2 to 256")
-        for side, patch in zip(c.sample_size, c.group_size):
+        for side, patch in zip(c.sample_size, c.group_shape[1:]):
             check_multiple(side, "sample_size", patch, "fit_patch")
-        tokens = math.prod(c.group_size) * c.channels
+        super().__init__(c, c.levels, c.fit_dim)
+        self.config = c
+        tokens = math.prod(c.group_shape)
         self.groups = math.prod(c.sample_shape) // tokens
-        self.embed = embedding(c.levels, c.fit_dim)
-        self.unembed = self.embed if c.shared_embedding else embedding(c.levels, c.fit_dim)
-        self.bias = embedding(c.levels) if c.output_bias else None
         self.label_proj = nn.Linear(c.num_classes, c.fit_dim) if c.num_classes else None
         self.position = Position(c.fit_position, tokens, 1, c.fit_dim, 1000)
-        self.blocks = fit_blocks(c.fit_layers, causal=c.fit_latents, **fit_sizes(c))
+        self.blocks = fit_blocks(c, causal=c.fit_latents)
         self.latent_position = None
         if self.blocks[0].read is not None:
-            self.latent_position = Latents(
-                c.fit_position, self.groups, c.fit_latents, c.fit_latent_dim)
+            self.latent_position = Position(
+                c.fit_position, self.groups, c.fit_latents, c.fit_latent_dim, 1000)
         self.norm = layer_norm(c.fit_dim)
         initialize(self)
 
-    def start(self, tokens, labels, first=0):
-        """Tokens before (B, ..., n) and labels -> what the first layer sees (B, ..., n, D), where
-        the n positions begin with the `first` of their group."""
-        x = F.embedding(tokens, self.embed) + self.position.table()[first:first + tokens.shape[-1]]
+    def start(self, tokens, labels, at=None):
+        """Tokens before (B, ..., n) and labels -> what the first layer sees (B, ..., n, D). at:
+        positions in their group of those that it sees; None: the first ones."""
+        x = self.position(F.embedding(tokens, self.embed), at)
         if self.label_proj is not None:
             label = self.label_proj(one_hot_labels(labels, self.config.num_classes, tokens))
             x = x + label.view(len(x), *[1] * (x.ndim - 2), -1)
         return x
-
-    def scores(self, x):
-        return F.linear(self.norm(x), self.unembed, self.bias)              # (..., V)
 
     def forward(self, tokens, labels=None):
         """Teacher forcing: (B, G, N) int64 and labels (B,), -1 for none -> logits (B, G, N, V) of
         each token, which sees those before it."""
         before = F.pad(tokens.flatten(1)[:, :-1], (1, 0)).view(tokens.shape)
         x = self.start(before, labels)                  # (B, G, N, D)
-        latents = self.latent_position and self.latent_position(len(x))     # (B, G, M, latent_dim)
+        latents = self.latent_position and self.latent_position.start(len(x))
         for block in self.blocks:
             x, latents = block(x, latents)
-        return self.scores(x)
+        return self.scores(self.norm(x))
 
     @torch.no_grad()
     def generate(self, given, labels=None, generator=None, **sampling):
@@ -1342,36 +1360,38 @@ class ImageAR(nn.Module):
         labels: (B,) int64, -1 for none. sampling: see `sample_token`. Returns (B, G, N).
         """
         (B, K), groups, blocks = given.shape, self.groups, self.blocks
-        N, starts = len(self.position.table()), self.latent_position and self.latent_position(B)
+        N, M = len(self.position.table()), self.config.fit_latents
+        starts = self.latent_position and self.latent_position.start(B)     # (B, G, M, latent_dim)
+        places = torch.arange(groups * max(N, M), device=given.device)
         tokens = F.pad(given, (0, groups * N - K))
-        process = [
-            [Cache(layer, None, groups * self.config.fit_latents) for layer in block.process]
-            for block in blocks]
-        known = [None if starts is None else torch.zeros_like(starts[:, 0])] * len(blocks)
+        process = [[Cache(layer, None, groups * M) for layer in block.process] for block in blocks]
+        write = [                                      # at first the group before knows nothing
+            block.write and Cache(block.write, torch.zeros_like(starts[:, 0])) for block in blocks]
         for g in range(groups):
             local = [[Cache(layer, None, N) for layer in block.local] for block in blocks]
-            write = [block.write and Cache(block.write, known[i]) for i, block in enumerate(blocks)]
             seen = [[] for _ in blocks]                # what latents of each block will read
             for n in range(N):
                 t = g * N + n
                 last = tokens[:, t - 1:t] if t else tokens.new_zeros(B, 1)
-                x = self.start(last, labels, n)        # (B, 1, D)
+                at = places[n:n + 1]
+                x = self.start(last, labels, at)       # (B, 1, D)
                 for i, block in enumerate(blocks):
-                    for layer, cache in zip(block.local, local[i]):
-                        x = layer(x, cache=cache)
+                    x = block.local(x, caches=local[i], at=at)
                     seen[i].append(x)
                     if block.write is not None:
                         x = block.write(x, cache=write[i])
                 if t >= K:
-                    logits = self.scores(x)[:, 0].float()                   # (B, V)
-                    tokens[:, t] = sample_token(logits, generator=generator, **sampling)
+                    logits = self.scores(self.norm(x))[:, 0].float()        # (B, V)
+                    uniform = torch.rand(B, generator=generator, device=given.device)
+                    tokens[:, t] = sample_token(logits, uniform, **sampling)
             latents = None if starts is None else starts[:, g]              # (B, M, latent_dim)
             for i, block in enumerate(blocks):
                 if block.read is not None:
                     latents = block.read(latents, torch.cat(seen[i], 1))
-                    for layer, cache in zip(block.process, process[i]):
-                        latents = layer(latents, cache=cache)
-                    known[i] = latents
+                    at = places[g * M:(g + 1) * M]
+                    latents = block.process(latents, caches=process[i], at=at)
+                if block.write is not None:
+                    write[i] = Cache(block.write, latents)
         return tokens.view(B, groups, N)
 
 
@@ -1460,27 +1480,39 @@ class PixelAttention(nn.Module):
 
 
 class UNetStage(nn.Module):
-    """Blocks of one resolution; at the end resize: none, down (halve) or up (double)."""
+    """Blocks of one resolution, on the way down or up; at the end the map is halved or doubled,
+    unless it was the last resolution of that way."""
 
-    def __init__(self, c, level, in_dims, resize):
+    def __init__(self, c, level, in_dim, skips, up=False):
+        """in_dim: width of what it gets. skips: list of the widths of the maps in `forward`."""
         super().__init__()
         dim, height = c.multipliers[level] * c.unet_dim, c.sample_size[0] // c.in_stride >> level
         kernel = c.kernel_sizes[level % len(c.kernel_sizes)]    # there may be one for all
-        self.blocks = nn.ModuleList(
-            ResBlock(in_dim, dim, 4 * c.unet_dim, kernel, c.unet_dropout) for in_dim in in_dims)
+        self.up, self.blocks = up, nn.ModuleList()
+        for _ in range(c.res_blocks[level] + up):
+            if up:
+                in_dim += skips.pop()
+            self.blocks.append(ResBlock(in_dim, dim, 4 * c.unet_dim, kernel, c.unet_dropout))
+            if not up:
+                skips.append(dim)
+            in_dim = dim
         self.attention = nn.ModuleList(
             PixelAttention(dim, c.head_dim, c.context_dim)
-            for _ in in_dims if height in c.attention_at)
-        self.conv_dn = SameConv2d(dim, dim, 3, 2) if resize == "down" else None
-        self.conv_up = SameConv2d(dim, dim, 3) if resize == "up" else None
+            for _ in self.blocks if height in c.attention_at)
+        self.conv_dn = self.conv_up = None
+        if up and level > 0:
+            self.conv_up = SameConv2d(dim, dim, 3)
+        if not up and level < len(c.res_blocks) - 1:
+            self.conv_dn = SameConv2d(dim, dim, 3, 2)
+            skips.append(dim)
 
-    def forward(self, x, emb, context, skips, up=False):
+    def forward(self, x, emb, context, skips):
         """skips: list of maps, which the way down adds to and the way up takes from."""
         for i, block in enumerate(self.blocks):
-            if up:
+            if self.up:
                 x = torch.cat([x, skips.pop()], 1)
             x = block(x, emb)
-            if not up:
+            if not self.up:
                 skips.append(x)
             if self.attention:
                 x = self.attention[i](x, context)
@@ -1510,18 +1542,17 @@ class MapTransformer(nn.Module):
         if c.transformer_position != "none":
             self.position = Position(c.transformer_position, height // side, width // side, dim)
         self.emb_proj = nn.Linear(4 * c.unet_dim, dim)
-        self.layers = nn.ModuleList(
-            Layer(dim, 4 * dim, dim // c.head_dim, c.context_dim, dropout=c.unet_dropout)
-            for _ in range(c.transformer_layers))
+        self.layers = Layers(
+            c.transformer_layers, dim, 4 * dim, dim // c.head_dim, c.context_dim,
+            dropout=c.unet_dropout)
         self.norm_out, self.conv_out = group_norm(dim), nn.Conv2d(dim, dim, 1)
 
     def forward(self, x, emb, context):
         x = self.conv_in(self.norm_in(x))
         tokens = self.position(x.flatten(2).transpose(1, 2))                # (B, N, dim)
         tokens = torch.cat([tokens, self.emb_proj(emb)[:, None]], 1)        # (B, N + 1, dim)
-        for layer in self.layers:
-            tokens = layer(tokens, context)
-        x = tokens[:, :-1].transpose(1, 2).reshape(x.shape)
+        tokens = self.layers(tokens, context)[:, :-1]
+        x = tokens.transpose(1, 2).reshape(x.shape)
         return depth_to_space(self.conv_out(self.norm_out(x)), self.conv_in.stride[0])
 
 
@@ -1552,20 +1583,17 @@ class UNet(nn.Module):
         self.conv_in = SameConv2d(inputs, dim, c.in_kernel, c.in_stride)
         self.norm_in = group_norm(dim)
         self.down, self.up, skips = nn.ModuleList(), nn.ModuleList(), [dim]     # widths of skips
-        for i, blocks in enumerate(c.res_blocks):
-            in_dims, dim = [dim, *[widths[i]] * blocks], widths[i]
-            resize = "down" if i < levels - 1 else "none"
-            self.down.append(UNetStage(c, i, in_dims[:blocks], resize))
-            skips += [dim] * (blocks + (resize == "down"))
+        for i, width in enumerate(widths):
+            self.down.append(UNetStage(c, i, dim, skips))
+            dim = width
         self.transformer = None
         if c.transformer_layers:
             rows, cols = (side // stride for side in c.sample_size)
             self.transformer = MapTransformer(c, dim, rows, cols)
             dim = c.transformer_dim // c.transformer_stride ** 2
-        for i, blocks in reversed(list(enumerate(c.res_blocks))):
-            in_dims, dim = [dim, *[widths[i]] * blocks], widths[i]
-            in_dims = [in_dim + skips.pop() for in_dim in in_dims]
-            self.up.insert(0, UNetStage(c, i, in_dims, "up" if i else "none"))
+        for i, width in reversed(list(enumerate(widths))):
+            self.up.insert(0, UNetStage(c, i, dim, skips, up=True))
+            dim = width
         self.norm_out = group_norm(dim, like=c.unet_dim)
         outputs, kernel = c.channels, c.out_kernel
         if c.softmax_groups:
@@ -1607,7 +1635,7 @@ class UNet(nn.Module):
         if self.transformer is not None:
             x = self.transformer(x, emb, context)
         for stage in reversed(self.up):                         # the first is the finest
-            x = stage(x, emb, context, skips, up=True)
+            x = stage(x, emb, context, skips)
         x = depth_to_space(self.conv_out(F.silu(self.norm_out(x))), c.in_stride)
         return x.unflatten(1, (-1, *c.sample_shape[1:-2])), None
 
@@ -1645,9 +1673,9 @@ class UpsampleBlock(nn.Module):
         self.conv1, self.norm1 = nn.Conv2d(in_dim, dim, 1), group_norm(dim)
         self.conv2, self.norm2 = SameConv2d(dim, dim, 3), group_norm(dim)
 
-    def forward(self, x, size, finer=0.0):
+    def forward(self, x, finer):
         x = F.silu(self.norm1(self.conv1(x)))
-        x = F.interpolate(x, size) + finer
+        x = F.interpolate(x, finer.shape[2:]) + finer
         return F.silu(self.norm2(self.conv2(x)))
 
 
@@ -1666,10 +1694,9 @@ class Panoptic(nn.Module):
         check_choice(c.encoder, ("vit", "resnet"), "encoder")
         self.encoder = Encoder(c)
         # The feature maps from the coarsest on are merged until they are as large as the masks.
-        shapes, masks = self.encoder.shapes, list(c.sample_size)
-        (width, *size), self.fuse = shapes[-1], nn.ModuleDict()
-        for i in reversed(range(len(shapes))):
-            finer, *larger = shapes[i - 1] if i else (c.fuse_dim, *masks)
+        masks, self.fuse = list(c.sample_size), nn.ModuleDict()
+        *shapes, (width, *size) = (c.fuse_dim, *masks), *self.encoder.shapes
+        for i, (finer, *larger) in reversed(list(enumerate(shapes))):
             fits = larger[0] <= masks[0] and larger[1] <= masks[1]
             if fits and (i or size != larger):
                 self.fuse[str(i)] = UpsampleBlock(width, finer)
@@ -1678,13 +1705,12 @@ class Panoptic(nn.Module):
             raise ValueError(
                 f"sample_size {c.sample_size}: expected a multiple of {self.encoder.grid}, the "
                 f"patches of an image of {c.image_size}")
-        shape = {field.name: getattr(c, field.name) for field in fields(UNetConfig)}
-        shape |= dict(
+        self.cond_dim = width
+        self.denoiser = UNet(replace(
+            c,
             cond_channels=width + c.past_frames * c.channels,
             context_dim=c.enc_dim if "attn" in c.image_condition else 0,
-        )
-        self.cond_dim = width
-        self.denoiser = UNet(UNetConfig(**shape))
+        ))
         initialize(self)
 
     def encode(self, images, past=None):
@@ -1697,10 +1723,10 @@ class Panoptic(nn.Module):
         c = self.config
         check_conditions(past=(past, c.past_frames))
         tokens, maps = self.encoder(images, pyramid=True)
-        x = maps.pop()
-        for level, block in self.fuse.items():
-            i = int(level)
-            x = block(x, maps[i - 1].shape[2:], maps[i - 1]) if i else block(x, c.sample_size)
+        x = maps[-1]
+        finer = x.new_zeros(1, 1, *c.sample_size), *maps        # there is no map as large as masks
+        for i, block in self.fuse.items():
+            x = block(x, finer[int(i)])
         if "cat" not in c.image_condition:
             x = torch.zeros_like(x)
         return {
@@ -1805,22 +1831,25 @@ def print_sizes():
 # hardware: all that differs between cpu, cuda and mps, one process and several
 
 class Device:
-    """The hardware of this process, one of `world` that torchrun started, or the only one.
+    """The hardware of this process, one of `world` that torchrun or `launch` started, or the only
+    one.
 
-    name:    auto (cuda, else mps, else cpu), cuda, cuda:1, mps or cpu
-    dtype:   of matrix products: auto (on cuda bfloat16, float16 where it has none, else float32),
-             float32, bfloat16, or float16, whose losses are scaled
-    compile: torch.compile in training: auto (on cuda), on or off
+    name:    auto (cuda, else mps, else cpu), cuda, cuda:1, mps, cpu, or xla: a TPU by torch_xla
+    dtype:   of matrix products: auto (on cuda bfloat16, float16 where it has none; bfloat16 for
+             large networks on a cpu that has it; else float32), float32, bfloat16, or float16,
+             whose losses are scaled
+    compile: torch.compile: auto (on cuda), on or off
     """
 
     def __init__(self, name="auto", dtype="auto", compile="auto"):
-        check_choice(name.partition(":")[0], ("auto", "cuda", "mps", "cpu"), "device")
+        check_choice(name.partition(":")[0], ("auto", "cuda", "mps", "cpu", "xla"), "device")
         check_choice(dtype, ("auto", "float32", "bfloat16", "float16"), "dtype")
         check_choice(compile, ("auto", "on", "off"), "compile")
         available = {
             "cuda": torch.cuda.is_available(),
             "mps": torch.backends.mps.is_available(),
             "cpu": True,
+            "xla": importlib.util.find_spec("torch_xla") is not None,
         }
         if name == "auto":
             name = next(filter(available.get, available))
@@ -1830,6 +1859,13 @@ class Device:
             raise ValueError(f"device {name} is not available on this machine")
         self.cuda = self.type == "cuda"
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if self.type == "xla":
+            import torch_xla
+            from torch_xla import runtime
+            self.device = torch_xla.device()
+            self.rank, self.world = runtime.global_ordinal(), runtime.world_size()
+            if self.world > 1:
+                dist.init_process_group("xla", init_method="xla://")
         self.first = self.rank == 0
         if self.cuda:
             index = os.environ.get("LOCAL_RANK", self.device.index or 0)
@@ -1838,6 +1874,9 @@ class Device:
             self.name = torch.cuda.get_device_name()
         if "RANK" in os.environ:                        # torchrun started this process
             dist.init_process_group("nccl" if self.cuda else "gloo")
+        known = getattr(torch.cpu, "get_capabilities", dict)()              # torch 2.11
+        self.waits = dtype == "auto" and self.type == "cpu" and (           # for the network
+            known.get("amx_bf16") or known.get("avx512_bf16"))
         if dtype == "auto":
             native = self.cuda and torch.cuda.is_bf16_supported(including_emulation=False)
             dtype = "bfloat16" if native else "float16" if self.cuda else "float32"
@@ -1845,7 +1884,7 @@ class Device:
         self.scaler = torch.amp.GradScaler(self.type, enabled=dtype == "float16")
         torch.set_float32_matmul_precision("high")
         self.compiled = compile == "on" or compile == "auto" and self.cuda
-        self.fused = self.type != "mps"                 # whether AdamW may be fused
+        self.fused = self.type in ("cuda", "cpu")       # whether AdamW may be fused
         self.pin = self.cuda                            # whether batches go through pinned memory
         self.asked = False                              # to stop
         self.meeting, self.interval, self.met = 0, 1, 0.0       # see `stopping`
@@ -1855,6 +1894,8 @@ class Device:
     def place(self, model):
         """The model, on this device."""
         model.to(self.device)
+        if self.waits and count_parameters(model) > 2e7:           # small ones gain nothing
+            self.dtype = torch.bfloat16
         if self.cuda:
             model.to(memory_format=torch.channels_last)
             if self.world > 1:                          # torch shares statistics on GPUs only
@@ -1863,11 +1904,27 @@ class Device:
 
     def wrap(self, model):
         """What is called in training, in place of the model."""
-        if self.compiled:
-            model = torch.compile(model)
+        self.compile(model)
         if self.world > 1:
-            model = DistributedDataParallel(model, [self.device] if self.cuda else None)
+            model = DistributedDataParallel(
+                model, [self.device] if self.cuda else None, gradient_as_bucket_view=True)
         return model
+
+    def host(self, model):
+        """The model and the device that predict while training: XLA compiles each shape that it
+        sees, too long for decoding, so that runs on the CPU."""
+        if self.type != "xla":
+            return model, self
+        device = Device("cpu")
+        device.first = self.first
+        return copy.deepcopy(model).cpu(), device
+
+    def compile(self, model):
+        """Each layer by itself: those of a kind share their code, and DDP can sum the gradients of
+        one while those of others are computed."""
+        for part in model.modules() if self.compiled else ():
+            if isinstance(part, (Layer, ResNet, UNet)):
+                part.compile()
 
     def autocast(self):
         """Context in which matrix products have this dtype."""
@@ -1893,18 +1950,30 @@ class Device:
         dist.all_gather_object(lists, items)
         return lists
 
+    def seed(self, number):
+        """Begins the random numbers of a step."""
+        torch.manual_seed(number)
+        if self.type == "xla":
+            sys.modules["torch_xla"].manual_seed(number)
+
     def step(self, optimizer):
         self.scaler.step(optimizer)
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
+
+    def sync(self):
+        """XLA only notes what is to be computed, up to here."""
+        if self.type == "xla":
+            sys.modules["torch_xla"].sync()
 
     def catch_signals(self):
         """Ctrl-C and SIGTERM ask to stop."""
         def ask(number, frame):
             self.asked = True
 
-        signal.signal(signal.SIGINT, ask)
-        signal.signal(signal.SIGTERM, ask)
+        with contextlib.suppress(ValueError):           # a process of XLA's runs this in a thread
+            signal.signal(signal.SIGINT, ask)
+            signal.signal(signal.SIGTERM, ask)
 
     def stopping(self, step):
         """Whether any process was asked to stop. Several must agree, and reading what they agreed
@@ -1927,6 +1996,14 @@ class Device:
             dist.barrier()
 
     @staticmethod
+    def launch(name, work):
+        """Calls work(number), for xla in a process per chip of this machine."""
+        if name != "xla":
+            return work(0)
+        import torch_xla
+        torch_xla.launch(work)
+
+    @staticmethod
     def close():
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -1940,6 +2017,13 @@ class Device:
         with torch.random.fork_rng([self.device] if self.cuda else []):
             torch.manual_seed(seed)
             yield
+
+    def compilations(self):
+        """How many graphs were compiled up to now."""
+        if self.type == "xla":
+            from torch_xla.debug import metrics
+            return metrics.counter_value("UncachedCompile") or 0
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
     def memory_gb(self):
         """Peak memory of this process in GiB: of the GPU, or resident (0 on Windows)."""
@@ -1972,6 +2056,7 @@ def save(path, content):
     maybe ema: state dict of averaged weights, maybe optimizer: state dict}
     """
     temporary = f"{path}.tmp"
+    content = tree_map_only(torch.Tensor, torch.Tensor.cpu, content)
     try:
         with open(temporary, "wb") as f:
             torch.save({"format": FORMAT, **content}, f)
@@ -1983,11 +2068,11 @@ def save(path, content):
             os.remove(temporary)
 
 
-def load(path, device="cpu"):
-    """The content that `save` wrote. Only tensors and plain values are read: a file from a stranger
-    can run no code. FileNotFoundError or ValueError naming the file."""
+def load(path):
+    """The content that `save` wrote, on the CPU. Only tensors and plain values are read: a file
+    from a stranger can run no code. FileNotFoundError or ValueError naming the file."""
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
     except Exception as e:                              # torch raises many types for a damaged file
@@ -2009,10 +2094,10 @@ def load_weights(model, weights, names=None):
     weights = {name: w for name, w in weights.items() if not name.endswith("num_batches_tracked")}
     wanted = {name for name, _ in model.named_parameters()}             # a shared one once
     wanted |= {name for name in ours if ".running_" in name}
-    embed, unembed = weights.get("decoder.embed"), weights.get("decoder.unembed")
-    if "decoder.unembed" not in wanted and embed is not None and unembed is not None:
-        if torch.equal(embed, unembed):                 # our state dict has it under both names
-            del weights["decoder.unembed"]
+    for name in [name for name in weights if name.endswith("unembed") and name not in wanted]:
+        twin = weights.get(name.replace("unembed", "embed"), weights[name][:0])
+        if torch.equal(weights[name], twin):            # older checkpoints have a shared one twice
+            del weights[name]
     problems = []
     for name in sorted(wanted | weights.keys()):
         theirs = names.get(name, name)
@@ -2021,8 +2106,9 @@ def load_weights(model, weights, names=None):
         elif name not in wanted:
             problems.append(f"left over: {theirs}")
         elif weights[name].shape != ours[name].shape:
-            there, here = tuple(weights[name].shape), tuple(ours[name].shape)
-            problems.append(f"wrong shape: {theirs} gives {there}, expected {here}")
+            problems.append(
+                f"wrong shape: {theirs} gives {tuple(weights[name].shape)}, expected "
+                f"{tuple(ours[name].shape)}")
     if problems:
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         shown = "\n  ".join(problems[:20])
@@ -2253,14 +2339,14 @@ def convert(path, c, categories=()):
     ValueError and FileNotFoundError, as what it calls.
     """
     weights, model = read_reference_checkpoint(path), build(c.model)
-    averaged = {name.replace("_ema/", "/"): w for name, w in weights.items() if "_ema/" in name}
-    weights = {name: w for name, w in weights.items() if "_ema/" not in name} | averaged
-    if not isinstance(c.model, PanopticConfig):         # whose denoiser is not all of it
+    names = sorted(weights, key=lambda name: "_ema/" in name)           # averaged ones win
+    weights = {name.replace("_ema/", "/"): weights[name] for name in names}
+    counted = isinstance(c.model, PanopticConfig)       # whose labels count the categories
+    if not counted:                                     # its denoiser is not all of it
         part = "/denoiser/"
         of_part = {name.replace(part, "/"): w for name, w in weights.items() if part in name}
         weights = of_part or weights
     load_reference_weights(model, weights)
-    counted = isinstance(c.model, PanopticConfig)       # whose labels count the categories
     if isinstance(c.model, Pix2SeqConfig):
         labels = range(1, c.vocab.max_label + 1)
         default = labels[:90]

@@ -22,13 +22,15 @@ import re
 import sys
 import textwrap
 import typing
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import cached_property
+from itertools import cycle
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
 from pycocotools import mask as mask_tools
+from torch.utils.data import default_collate
 
 import data
 import diffusion
@@ -75,7 +77,6 @@ class SamplingConfig:
     proxy_classifier: bool = False      # gen: train a small classifier that scores the samples
     inception: str = ""                 # gen: TorchScript file for FID: inception-2015-12-05.pt
     i3d: str = ""                       # gen: TorchScript file for FVD: i3d_torchscript.pt
-    stats_dir: str = ""                 # gen: folder for FID's statistics; empty: the run's
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ class Inputs:
 
     @cached_property
     def images(self):
-        return [record["image"] for record in self.records]
+        """The image of each record, of a clip the first."""
+        return [record.get("image") or record["images"][0] for record in self.records]
 
     @cached_property
     def views(self):
@@ -198,8 +200,6 @@ def predict(model, inputs, c, tasks, table=None):
 def segment(model, inputs, c):
     """[{objects}], with a mask each: sampled polygons, averaged (2206.07669, section 2.3)."""
     found = detect(model, inputs, c)
-    if not any(inputs.objects):
-        return found
     boxes, labels = prompt_boxes(inputs.views, inputs.objects, c)
     prompts = tokenizer.instance_prompt(tokenizer.PROMPT_SEG, boxes, labels, c.vocab)
     for start in range(0, prompts.shape[1], 16):       # the cache of keys limits how many at a time
@@ -227,7 +227,8 @@ def find_keypoints(model, inputs, c):
     counts = {k["id"]: len(k["keypoints"]) for k in c.categories if k.get("keypoints")}
     for image, objects in zip(inputs.images, inputs.objects):
         people = [obj for obj in objects if obj["category_id"] in counts]
-        for part in (people[i:i + 32] for i in range(0, len(people), 32)):
+        for start in range(0, len(people), 32):
+            part = people[start:start + 32]
             views = [keypoint_view(image, obj["bbox"], c) for obj in part]
             boxes, labels = prompt_boxes(views, [[obj] for obj in part], c)
             prompts = tokenizer.instance_prompt(tokenizer.PROMPT_KPT, boxes, labels, c.vocab)
@@ -258,8 +259,7 @@ def caption(model, inputs, c):
         top_p=c.sampling.cap_top_p,
         end=c.vocab.text_shift + tokenizer.END_PIECE,
     )
-    texts = tokenizer.decode_captions(out.tokens[:, 0], c.vocab)
-    return [{"caption": text} for text in texts]
+    return [{"caption": text} for text in tokenizer.decode_captions(out.tokens[:, 0], c.vocab)]
 
 
 def make_images(model, inputs, c):
@@ -313,18 +313,16 @@ def made(inputs, pixels, key, rows):
 def make_maps(model, inputs, c):
     """[{id, name, maps, segments}]: of each frame of a record the class and instance of each pixel,
     see `map_prediction`."""
-    views = [data.eval_view(data.whole(record["images"][0]), c.model.image_size)
-             for record in inputs.records]
-    lengths = [len(record["images"]) for record in inputs.records]
+    clips = [record["images"] for record in inputs.records]
     frames = []                                        # (T, B, 3, H, W); ends are repeated
-    for t in range(max(lengths)):
-        images = [record["images"][min(t, n - 1)] for record, n in zip(inputs.records, lengths)]
-        frames.append(view_images(images, views, device_of(model)))
+    for t in range(max(map(len, clips))):
+        images = [clip[min(t, len(clip) - 1)] for clip in clips]
+        frames.append(view_images(images, inputs.views, device_of(model)))
     maps = diffusion.generate_maps(
         model, c, torch.stack(frames, 1), inputs.generator, callback=inputs.callback)
     return [
         map_prediction(record, rows, view, c)
-        for record, rows, view in zip(inputs.records, maps.cpu().numpy(), views)]
+        for record, rows, view in zip(inputs.records, maps.cpu().numpy(), inputs.views)]
 
 
 def map_prediction(record, masks, view, c):
@@ -344,8 +342,9 @@ def full_map(mask, view, size, sampling):
     """Class and instance of each pixel of a mask (2, h, w) uint8 -> ids 256 * class + instance of
     each pixel of its image (width, height), 0 for none; see `majority_vote`."""
     view = data.on_canvas(view, mask.shape[1:])
-    parts = [Image.fromarray(values[:view.height, :view.width]) for values in mask]
-    full = [np.array(part.resize(size, Image.NEAREST), np.int64) for part in parts]
+    full = [
+        np.array(Image.fromarray(part).resize(size, Image.NEAREST), np.int64)
+        for part in mask[:, :view.height, :view.width]]
     classes, ids = diffusion.majority_vote(
         *map(torch.from_numpy, full), sampling.min_pixels, sampling.split_pixels)
     return (256 * classes + ids).numpy()
@@ -403,10 +402,10 @@ def prompt_boxes(views, objects, c):
     rows = []
     for view, group in zip(views, objects):
         corners = [box_corners(obj["bbox"]) for obj in group]
-        boxes = data.view_boxes(view, np.array(corners, np.float64).reshape(-1, 4))
-        labels = np.array([label_of[obj["category_id"]] for obj in group], np.int64)
+        boxes = data.view_boxes(view, np.array(corners))
+        labels = [label_of[obj["category_id"]] for obj in group]
         rows.append(data.pad_objects(view, boxes, labels, most))
-    return (torch.from_numpy(np.stack([row[key] for row in rows])) for key in ("boxes", "labels"))
+    return default_collate(rows).values()
 
 
 def box_corners(bbox):
@@ -433,18 +432,19 @@ def keypoint_view(image, bbox, c):
 def add_mask(obj, view, polygons, size):
     """Adds the mean of sampled polygons (samples, P), where at least one half, as COCO's run-length
     mask of the whole image; points as of `tokenizer.decode_points`, size is (width, height)."""
-    mean = sum(polygon_mask(view, points, size) for points in polygons) / len(polygons)
+    mean = np.mean([polygon_mask(view, points, size) for points in polygons], 0)
     rle = mask_tools.encode(np.asfortranarray((mean >= 0.5).astype(np.uint8)))
-    obj["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode()}
+    obj["segmentation"] = rle | {"counts": rle["counts"].decode()}
 
 
 def polygon_mask(view, points, size):
     """(P,) points -> (H, W) uint8."""
-    polygons = [view.to_image(p) for p in tokenizer.split_polygons(points) if len(p) >= 3]
+    polygons = [                                       # x y x y ... each
+        view.to_image(yx)[:, ::-1].ravel().tolist()
+        for yx in tokenizer.split_polygons(points) if len(yx) >= 3]
     if not polygons:
         return np.zeros(size[::-1], np.uint8)
-    flat = [polygon[:, ::-1].ravel().tolist() for polygon in polygons]
-    parts = mask_tools.frPyObjects(flat, size[1], size[0])
+    parts = mask_tools.frPyObjects(polygons, *size[::-1])
     return mask_tools.decode([mask_tools.merge(parts)])[..., 0]
 
 
@@ -455,8 +455,7 @@ def add_keypoints(obj, view, points, score):
     points = points.reshape(-1, 2).astype(np.float64)
     missing = (points < 0).any(-1, keepdims=True)
     yx = np.where(missing, (y + h / 2, x + w / 2), view.to_image(points))
-    visible = np.full((len(points), 1), 2.0)
-    obj["keypoints"] = np.concatenate([yx[:, ::-1], visible], -1).ravel().tolist()
+    obj["keypoints"] = np.insert(yx[:, ::-1], 2, 2, axis=1).ravel().tolist()
     obj["keypoint_score"] = score
 
 
@@ -480,7 +479,7 @@ def find_checkpoint(path=None):
 
 def load_model(path, device):
     """A checkpoint file -> the network on the device, ready to predict, and its Config."""
-    content = load(path, device.device)
+    content = load(path)
     saved = content["config"]
     c = Config(
         NETWORKS[content["network"]][1](**saved["model"]),
@@ -492,6 +491,7 @@ def load_model(path, device):
     )
     model = build(c.model)
     load_weights(model, content.get("ema", content["model"]))
+    device.compile(model)
     return device.place(model).eval(), c
 
 
@@ -567,8 +567,7 @@ def reader(kind):
 
 def given(part, options):
     """A dataclass with those of its fields that a dict, such as of a command line, holds."""
-    names = {f.name for f in fields(part)} & options.keys()
-    return replace(part, **{name: options[name] for name in names})
+    return replace(part, **{name: options[name] for name in vars(part) if name in options})
 
 
 def changed(c, **options):
@@ -593,6 +592,8 @@ class Options:
     task: str = "all"                   # some of det,seg,kpt,cap, or one; all: all that it knows
     seed: int = 0                       # of sampling
     device: str = "auto"                # auto, cuda, mps or cpu
+    dtype: str = "auto"                 # auto (see model.Device), float32, bfloat16 or float16
+    compile: str = "off"                # torch.compile, for much at once: auto (on cuda), on or off
 
 
 @dataclass(frozen=True)
@@ -621,12 +622,13 @@ def main():
     args = parser.parse(sys.argv[1:])
     options = given(SampleOptions(), vars(args))
     try:
-        device = Device(options.device)
+        device = Device(options.device, options.dtype, options.compile)
         path = find_checkpoint(options.ckpt)
         model, c = load_model(path, device)
         c = changed(c, **vars(args))
         tasks = pick_tasks(options.task, c)
-        report = show(model, c, tasks, options, device.generator(options.seed))
+        with device.autocast():
+            report = show(model, c, tasks, options, device.generator(options.seed))
     except (OSError, ImportError, ValueError) as e:
         sys.exit(f"error: {e}")
     report = json.loads(json.dumps(report), parse_float=lambda text: round(float(text), 4))
@@ -646,35 +648,39 @@ def show(model, c, tasks, options, generator):
 
 def show_predictions(model, c, tasks, options, generator):
     """A picture per image, and all of them in all.png."""
-    if options.images:
-        records = [{"image_id": name, "image": data.load_image(name)} for name in options.images]
+    records = [{"image_id": name, "image": data.load_image(name)} for name in options.images]
+    records = records or held_out(c, tasks[0], options.count or 8)
+    detects = "det" in c.data.tasks
+    if options.boxes:
+        prompts = [[read_box(text, c) for text in options.boxes] for _ in records]
+    elif options.images or detects:
         prompts = [None] * len(records)
     else:
-        records, asked = held_out(c, tasks[0], options.count or 8), "det" not in c.data.tasks
-        prompts = [true_objects(record, c.categories) if asked else None for record in records]
-    if options.boxes:
-        boxes = [read_box(text, c) for text in options.boxes]
-        prompts = [[dict(box) for box in boxes] for _ in records]
-    if None in prompts and "det" not in c.data.tasks and {"seg", "kpt"} & set(tasks):
+        prompts = [true_objects(record, c.categories) for record in records]
+    if None in prompts and not detects and {"seg", "kpt"} & set(tasks):
         raise ValueError("this model does not detect: name boxes with --boxes=X,Y,W,H,NAME")
     names = {category["id"]: category["name"] for category in c.categories}
     pictures, report = [], []
     for record, objects in zip(records, prompts):
         inputs = Inputs([record], c, None if objects is None else [objects], generator)
         prediction = predict(model, inputs, c, tasks)[0]
-        pictures.append(draw(record["image"], prediction, c, options.min_score))
-        name = record["image_id"] if options.images else f"val_{record['image_id']}"
-        stem = f"{options.out}/{os.path.splitext(os.path.basename(name))[0]}"
-        pictures[-1].save(f"{stem}.png")
         objects = prediction.get("objects", ())
-        if options.attention and objects:
-            draw_attention(model, inputs, c).save(f"{stem}_attention.png")
         prediction["objects"] = [
             {"name": names[obj["category_id"]], **obj}
             for obj in objects if obj["score"] >= options.min_score]
-        width, height = record["image"].size
-        where = {"image": name, "picture": f"{stem}.png", "width": width, "height": height}
-        report.append(where | prediction)
+        pictures.append(draw(record["image"], prediction, c))
+        name = record["image_id"] if options.images else f"val_{record['image_id']}"
+        stem = f"{options.out}/{os.path.splitext(os.path.basename(name))[0]}"
+        pictures[-1].save(f"{stem}.png")
+        if options.attention and objects:
+            draw_attention(model, inputs, c).save(f"{stem}_attention.png")
+        report.append({
+            "image": name,
+            "picture": f"{stem}.png",
+            "width": record["image"].width,
+            "height": record["image"].height,
+            **prediction,
+        })
     if len(pictures) > 1:
         data.tile(pictures).save(f"{options.out}/all.png")
     return report
@@ -707,9 +713,9 @@ def show_samples(model, c, tasks, options, generator):
     if options.complete and "ar" not in tasks or options.strip and "gen" not in tasks:
         raise ValueError("--complete is for a model that writes pixels, --strip for a denoiser")
     names = [category["name"] for category in c.categories] if c.model.num_classes else []
-    records = sample_records(c, options.count or 64)
-    rows = half_of_groups(c.model) if options.complete else 0
+    records, rows = sample_records(c, options.count or 64), 0
     if options.complete:
+        rows = half_of_groups(c.model)
         pixels = data.fit_image(options.complete, c.model.sample_size)
         if c.data.image_channels == 1:
             pixels = pixels.mean(-1, keepdims=True).astype(np.uint8)
@@ -736,10 +742,6 @@ def show_samples(model, c, tasks, options, generator):
         if steps.ndim == 6:
             steps = steps[:, :, -1]                    # the last frame stands for a clip
         pictures.append(draw_strip(steps, f"{options.out}/strip"))
-        pause = np.repeat(steps[:, -1:], steps.shape[1] // 4 + 1, 1)
-        film = np.concatenate([steps, pause], 1)
-        film = data.save_grid(film, f"{options.out}/denoising", columns=4, ms=80)
-        pictures.append(film)
     return {
         "pictures": pictures,
         "samples": len(records),
@@ -778,7 +780,7 @@ def show_maps(model, c, tasks, options, generator):
         predictions[record["name"]] = said = predict(model, inputs, c, tasks)[0]
         drawn = draw_maps(record["images"], map(read_map, said["maps"]), c)
         if "maps" in record:
-            truth = [true_map(numbers, record["segments"]) for numbers in record["maps"]]
+            truth = true_map(record["maps"], record["segments"])
             pairs = zip(drawn, draw_maps(record["images"], truth, c))
             drawn = [data.tile(pair, columns=2) for pair in pairs]
         pictures.append(data.save_film(drawn, f"{options.out}/{record['name']}"))
@@ -830,20 +832,21 @@ def read_clip(path, task):
     return {"images": images, "id": name, "name": name}
 
 
-def draw_maps(images, maps, c, side=384):
+def draw_maps(images, maps, c):
     """PIL images and their class and instance of each pixel (2, H, W) -> copies with the segments
     in colours, the same for an instance in all frames, and their names; small ones enlarged."""
     names, drawn = {row["label"]: row["name"] for row in c.categories}, []
-    for image, (classes, ids) in zip(images, maps):
-        picture, zoom, font = enlarged(image, side)
-        colours = Image.fromarray(paint((classes, ids))).resize(picture.size, Image.NEAREST)
+    for image, frame in zip(images, maps):
+        picture, zoom, font = enlarged(image)
+        colours = Image.fromarray(paint(frame)).resize(picture.size, Image.NEAREST)
         drawn.append(Image.blend(picture, colours, 0.6))
         pen = ImageDraw.Draw(drawn[-1])
-        for label, i in np.unique(np.stack([classes.ravel(), ids.ravel()]), axis=1).T.tolist():
+        classes, ids = frame
+        for label, i in np.unique(frame.reshape(2, -1), axis=1).T.tolist():
             if label:
-                ys, xs = np.nonzero((classes == label) & (ids == i))
-                middle = np.hypot(ys - ys.mean(), xs - xs.mean()).argmin()
-                at = (xs[middle] + 0.5) * zoom, (ys[middle] + 0.5) * zoom
+                yx = np.argwhere((classes == label) & (ids == i))
+                middle = np.hypot(*(yx - yx.mean(0)).T).argmin()
+                at = (yx[middle, ::-1] + 0.5) * zoom
                 pen.text(
                     at, names[label], "white", font, "mm", stroke_width=2, stroke_fill="black")
     return drawn
@@ -854,11 +857,11 @@ SHOW |= {"pan": show_maps, "vps": show_maps}
 
 
 def true_map(numbers, segments):
-    """Segments of pixels (H, W) -> their class and number (2, H, W), that of a crowd is 0."""
+    """Segments of pixels (T, H, W) -> their class and number (T, 2, H, W), that of a crowd is 0."""
     values, places = np.unique(numbers, return_inverse=True)
     rows = [segments.get(n, {"category_id": 0}) for n in values.tolist()]
     table = [(row["category_id"], 0 if row.get("iscrowd") else n) for n, row in zip(values, rows)]
-    return np.moveaxis(np.array(table)[places.reshape(numbers.shape)], -1, 0)
+    return np.moveaxis(np.array(table)[places.reshape(numbers.shape)], -1, 1)
 
 
 def paint(frame):
@@ -894,27 +897,26 @@ def draw_beside(predictions, records, stem):
     return data.save_grid(frames, stem, columns=len(clips[0]))
 
 
-def enlarged(image, side):
+def enlarged(image, side=384):
     """A small PIL image enlarged to about `side` pixels, how many times, and a font for it."""
     zoom = max(1, round(side / max(image.size)))
     picture = image.resize((image.width * zoom, image.height * zoom), Image.NEAREST)
     return picture, zoom, ImageFont.load_default(max(12, max(picture.size) // 40))
 
 
-def draw(image, prediction, c, min_score=0.3, side=384):
+def draw(image, prediction, c):
     """PIL RGB and what was predicted -> a copy with masks, keypoints, boxes, names, scores and the
-    caption, small images enlarged to about `side` pixels."""
-    picture, zoom, font = enlarged(image, side)
+    caption, small images enlarged."""
+    picture, zoom, font = enlarged(image)
     categories = {category["id"]: category for category in c.categories}
-    objects = sorted(prediction.get("objects", ()), key=lambda obj: obj["score"])
-    objects = [obj for obj in objects if obj["score"] >= min_score]
-    colors = [PALETTE[i % len(PALETTE)] for i in range(len(objects))]
-    for obj, color in zip(objects, colors):            # masks first, so that they hide nothing else
+    objects = sorted(prediction["objects"], key=lambda obj: obj["score"])
+    coloured = list(zip(objects, cycle(PALETTE)))
+    for obj, color in coloured:                        # masks first, so that they hide nothing else
         if "segmentation" in obj:
             mask = Image.fromarray(110 * mask_tools.decode([obj["segmentation"]])[..., 0])
             picture.paste(color, mask=mask.resize(picture.size, Image.NEAREST))
     pen = ImageDraw.Draw(picture)
-    for obj, color in zip(objects, colors):
+    for obj, color in coloured:
         draw_object(pen, obj, categories[obj["category_id"]], color, zoom, font)
     if "caption" not in prediction:
         return picture
@@ -935,10 +937,9 @@ def draw_object(pen, obj, category, color, zoom, font):
     if "keypoints" in obj:
         points = zoom * np.reshape(obj["keypoints"], (-1, 3))[:, :2]
         for a, b in category.get("skeleton", ()):
-            pen.line([tuple(points[a - 1]), tuple(points[b - 1])], fill="white", width=line)
-        for px, py in points:
-            dot = px - 2 * line, py - 2 * line, px + 2 * line, py + 2 * line
-            pen.ellipse(dot, fill=color, outline="black")
+            pen.line([*points[a - 1], *points[b - 1]], fill="white", width=line)
+        for dot in points:
+            pen.ellipse([*(dot - 2 * line), *(dot + 2 * line)], fill=color, outline="black")
     text = f"{category['name']} {obj['score']:.2f}"
     left, top, right, bottom = pen.textbbox((x, y), text, font=font)
     up = min(bottom - y + 2, y)                        # above the box where there is room
@@ -951,15 +952,14 @@ def draw_attention(model, inputs, c, most=4, side=192):
     picture per token y_min x_min y_max x_max class. ValueError if it is not to patches."""
     if c.model.encoder == "fit":
         raise ValueError("--attention: the decoder of a fit attends to latents, not to patches")
-    (view,), (image,), (objects,) = inputs.views, inputs.images, inputs.objects
+    [view], [image], [objects] = inputs.views, inputs.images, inputs.objects
     boxes, labels = prompt_boxes([view], [objects], c)
     tokens = tokenizer.encode_detection(boxes, labels, c.vocab).inputs
     context = inputs.encode(model)
     maps = attention_maps(model, context, tokens.to(context.device)).cpu()
     rows, cols = model.encoder.grid
     maps = maps[:, -rows * cols:].view(-1, 5, rows, cols)          # without the class token
-    canvas = Image.fromarray(view.image(image))
-    canvas = ImageOps.contain(canvas, (side, side), Image.NEAREST)
+    canvas = ImageOps.contain(Image.fromarray(view.image(image)), (side, side), Image.NEAREST)
     dark = Image.blend(canvas, Image.new("RGB", canvas.size), 0.8)
     pictures = []
     for n in sorted(range(len(objects)), key=lambda n: -objects[n]["score"])[:most]:

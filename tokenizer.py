@@ -20,6 +20,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 # --------------------------------------------------------------------------------------------------
 # the vocabulary
@@ -84,21 +85,21 @@ class Tokens(NamedTuple):
     weights: torch.Tensor                              # float32, loss weight of each target
 
 
-def quantize(coords, bins):
-    """Fractions (any shape, float) -> int64 in [0, bins); values outside [0, 1] go to the nearest
-    end."""
-    return (coords * (bins - 1)).round().long().clamp(0, bins - 1)
+def quantize(coords, vocab):
+    """Fractions (any shape, float) -> coordinate tokens, int64; values outside [0, 1] go to the
+    nearest end."""
+    last = vocab.bins - 1
+    return (coords * last).round().long().clamp(0, last) + vocab.coord_shift
 
 
-def dequantize(ints, bins):
-    """int64 in [0, bins) -> float32 fractions, at most half a bin from what was quantized."""
-    return ints.float() / (bins - 1)
+def dequantize(tokens, vocab):
+    """Coordinate tokens -> float32 fractions, at most half a bin from what was quantized."""
+    return (tokens - vocab.coord_shift).float() / (vocab.bins - 1)
 
 
 def with_prompt(prompt, sequence):
     """(..., T) -> (..., T) input: the prompt token, then the sequence without its last token."""
-    prompts = torch.full_like(sequence[..., :1], prompt)
-    return torch.cat([prompts, sequence[..., :-1]], -1)
+    return F.pad(sequence[..., :-1], (1, 0), value=prompt)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -122,7 +123,7 @@ def encode_detection(boxes_yxyx, labels, vocab, corrupt=None, noise_weight=1.0, 
     if wrong.any():
         names = labels[wrong].unique().tolist()
         raise ValueError(f"labels {names} have no token: expected 1..{vocab.max_label}")
-    coords = quantize(boxes_yxyx, vocab.bins) + vocab.coord_shift
+    coords = quantize(boxes_yxyx, vocab)
     classes = labels + CLASS_SHIFT                                             # FAKE_LABEL -> FAKE
     input_classes = classes
     if corrupt is not None:
@@ -154,9 +155,8 @@ def decode_detection(tokens, class_logprobs, vocab):
     training sequences never end).
     """
     N = tokens.shape[1] // 5
-    objects = tokens[:, :5 * N].unflatten(1, (N, 5))                           # (B, N, 5)
-    coords = objects[..., :4]
-    boxes = dequantize(coords - vocab.coord_shift, vocab.bins).clamp(0, 1)
+    coords = tokens[:, :5 * N].unflatten(1, (N, 5))[..., :4]                   # (B, N, 4)
+    boxes = dequantize(coords, vocab).clamp(0, 1)
     logprobs, labels = class_logprobs[:, 4::5].max(-1)                         # (B, N) each
     ended = (coords == PAD).any(-1).cumsum(-1) > 0
     return labels, boxes, logprobs.exp().masked_fill(ended, 0.0)
@@ -170,7 +170,7 @@ def instance_prompt(prompt, boxes_yxyx, labels, vocab):
     there is no box."""
     labels = labels[..., None]
     task = torch.full_like(labels, prompt)
-    coords = quantize(boxes_yxyx, vocab.bins) + vocab.coord_shift
+    coords = quantize(boxes_yxyx, vocab)
     tokens = torch.cat([task, coords, labels + CLASS_SHIFT], -1)
     return torch.where(labels == PAD_LABEL, PAD, tokens)
 
@@ -178,7 +178,7 @@ def instance_prompt(prompt, boxes_yxyx, labels, vocab):
 def encode_points(points, labels, vocab):
     """(..., N, P) flat y x fractions, with the *_POINT marks -> (..., N, P) int64 tokens; PAD where
     label is PAD_LABEL."""
-    tokens = quantize(points, vocab.bins) + vocab.coord_shift
+    tokens = quantize(points, vocab)
     for mark, token in POINT_TOKENS.items():
         tokens = torch.where(points == mark, token, tokens)
     return torch.where(labels[..., None] == PAD_LABEL, PAD, tokens)
@@ -208,7 +208,7 @@ def encode_instances(
 
 def decode_points(tokens, vocab):
     """Inverse of `encode_points`: (..., P) int64 -> (..., P) float32 fractions with the marks."""
-    points = dequantize(tokens - vocab.coord_shift, vocab.bins)
+    points = dequantize(tokens, vocab)
     for mark, token in POINT_TOKENS.items():
         points = torch.where(tokens == token, mark, points)
     return points
@@ -270,8 +270,7 @@ def point_score(box_scores, tokens, token_probs, points_weight=1.0):
     """Mean probability of the sampled tokens (B, T), padding left out, mixed with the score of the
     box (B,)."""
     written = (tokens != PAD).float()
-    total = (token_probs * written).sum(-1)
-    points_score = total / written.sum(-1).clamp_min(1)
+    points_score = (token_probs * written).sum(-1) / written.sum(-1).clamp_min(1)
     return points_weight * points_score + (1 - points_weight) * box_scores
 
 

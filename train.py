@@ -19,14 +19,17 @@ import math
 import os
 import re
 import shutil
+import statistics
+import subprocess
 import sys
 import time
-from collections import ChainMap
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
-from itertools import count, filterfalse
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from functools import partial
+from itertools import count, filterfalse, islice
 
 import torch
 from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
@@ -88,8 +91,8 @@ class RunConfig:
     """How a run is run. Not the recipe: these may change when a run goes on."""
     out: str = ""                       # folder of the run (default: out/PRESET)
     fresh: bool = False                 # start again, moving an earlier run in that folder aside
-    device: str = "auto"                # auto, cuda, mps or cpu
-    dtype: str = "auto"                 # auto (cuda: bfloat16, float16), float32, bfloat16, float16
+    device: str = "auto"                # auto, cuda, mps, cpu, or xla: a TPU
+    dtype: str = "auto"                 # auto (see model.Device), float32, bfloat16 or float16
     compile: str = "auto"               # torch.compile: auto (on cuda), on or off
     workers: int = -1                   # processes that load data; -1: by the number of cores
     accumulate: int = 1                 # parts that a batch is computed in: less memory
@@ -133,8 +136,7 @@ def train(c):
     start, best = resume(c, device, model, average, optimizer)
     forward, log = device.wrap(model), Log(c, device, model, start)         # wrap: compile, DDP
     starts, task_weights = per_task(c, "task_starts", 0), per_task(c, "task_weights", 1.0)
-    batches = {task: batches_from(max(start, starts[task]), task, sources[task], c, device)
-               for task in sources}
+    batches = batches_from(start, sources, c, device)
     device.catch_signals()
     model.train()
 
@@ -156,14 +158,14 @@ def train(c):
             return metrics
 
         # The noise of a step depends on nothing before it, so a resumed run repeats it.
-        torch.manual_seed((c.optim.seed * 1_000_003 + step) * 65_537 + device.rank)
+        device.seed((c.optim.seed * 1_000_003 + step) * 65_537 + device.rank)
         lr = learning_rate(step, c.optim)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
         # A batch of each task that has started, in `accumulate` parts.
-        parts = [(task, next(batches[task])) for task in sources if step >= starts[task]
-                 for _ in range(c.run.accumulate)]
+        started = sum(step >= first for first in starts.values())
+        parts = list(islice(batches, started * c.run.accumulate))
         # A loss is divided by the weights of the whole step: of all parts and all processes.
         totals = dict.fromkeys((task for task, _ in parts), 1e-9)
         for task, batch in parts:
@@ -180,8 +182,10 @@ def train(c):
 
         device.scaler.unscale_(optimizer)           # of float16
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.optim.clip_norm or math.inf)
+        losses = device.sum(losses)
         device.step(optimizer)
         average.update(model, step)
+        device.sync()
         log.step(step + 1, losses, lr, norm, parts)
 
 
@@ -220,14 +224,17 @@ def learning_rate(step, o):
     return o.lr * (left * (1 - o.end_lr_factor) + o.end_lr_factor)
 
 
-def batches_from(step, task, source, c, device):
-    """Iterator over this process's batches of a task from a step on, c.run.accumulate per step."""
-    batch = batch_sizes(c)[task]
+def batches_from(step, sources, c, device):
+    """Iterator over this process's (task, Batch) from a step on: for each step of each task that
+    has started, c.run.accumulate."""
+    sizes, starts = batch_sizes(c), per_task(c, "task_starts", 0)
+    tasks = {task: (sizes[task], starts[task]) for task in sources}
     positions = data.MicroBatches(
-        step, c.optim.steps, batch, c.run.accumulate, device.rank, device.world)
-    stream = data.TrainStream(source, task, c, c.optim.seed)
-    collate, workers = data.collate(task, c), worker_count(c)
-    return iter(data.make_loader(stream, positions, collate, workers, pin=device.pin))
+        step, c.optim.steps, tasks, c.run.accumulate, device.rank, device.world)
+    streams = data.Streams({
+        task: data.TrainStream(source, task, c, c.optim.seed) for task, source in sources.items()})
+    collate, workers = partial(data.collate_parts, c), worker_count(c)
+    return iter(data.make_loader(streams, positions, collate, workers, pin=device.pin))
 
 
 # ==== reference ===================================================================================
@@ -242,22 +249,23 @@ def prepare(c, device):
     for source in sources.values():
         for category in source.categories:
             categories.setdefault(category["id"], {}).update(category)
-    first = c.data.tasks[0]
+    first, o = c.data.tasks[0], c.optim
     per_epoch = len(sources[first]) / batch_sizes(c)[first]
-    steps, warmup = c.optim.steps, c.optim.warmup_steps
-    if not steps and (not c.optim.epochs or sources[first].endless):
+    if not o.steps and (not o.epochs or sources[first].endless):
         raise ValueError("expected --steps, or where data ends --epochs")
-    optim = replace(
-        c.optim,
-        steps=steps or round(c.optim.epochs * per_epoch),
-        warmup_steps=warmup or round(c.optim.warmup_epochs * per_epoch),
+    o = replace(
+        o,
+        steps=o.steps or round(o.epochs * per_epoch),
+        warmup_steps=o.warmup_steps or round(o.warmup_epochs * per_epoch),
     )
-    c = replace(c, optim=optim, categories=tuple(categories.values()))
-    learning_rate(0, c.optim)
-    checks = {Pix2SeqConfig: check_sequences, PanopticConfig: check_maps}
-    checks.get(type(c.model), check_generation)(c, sources[first])
+    c = replace(c, optim=o, categories=tuple(categories.values()))
+    learning_rate(0, o)
+    if isinstance(c.model, Pix2SeqConfig):
+        check_sequences(c)
+    else:
+        check_diffusion(c, sources[first])
     for task in c.data.tasks:                          # errors are plainer here than from a worker
-        data.TrainStream(sources[task], task, c, c.optim.seed)[0]
+        data.TrainStream(sources[task], task, c, o.seed)[0]
         data.make_source(c, "val", task)
     if device.first and c.run.fresh and os.path.exists(c.run.out):
         names = (f"{c.run.out}.{n}" for n in count(1))
@@ -271,11 +279,13 @@ def prepare(c, device):
 
 def per_task(c, field, default):
     """{task: its value} of a field of c.optim that holds one value per task, or none."""
-    values = getattr(c.optim, field) or (default,) * len(c.data.tasks)
-    if len(values) != len(c.data.tasks):
-        given, tasks = ",".join(map(str, values)), ",".join(c.data.tasks)
-        raise ValueError(f"--{field}={given}: expected {len(c.data.tasks)} numbers, for {tasks}")
-    return dict(zip(c.data.tasks, values))
+    tasks = c.data.tasks
+    values = getattr(c.optim, field) or (default,) * len(tasks)
+    if len(values) != len(tasks):
+        raise ValueError(
+            f"--{field}={','.join(map(str, values))}: expected {len(tasks)} numbers, for "
+            f"{','.join(tasks)}")
+    return dict(zip(tasks, values))
 
 
 def batch_sizes(c):
@@ -308,7 +318,7 @@ LENGTHS = {                                            # c -> tokens of a task's
 }
 
 
-def check_sequences(c, source):
+def check_sequences(c):
     """ValueError if sequences or vocabulary do not fit the network."""
     most = c.model.max_seq_len
     for task in c.data.tasks:
@@ -320,41 +330,33 @@ def check_sequences(c, source):
         raise ValueError(f"vocab_size is {c.model.vocab_size}, the tokens need {needed}")
 
 
-def check_generation(c, source):
+def check_diffusion(c, source):
     """ValueError if data, recipe and network do not fit each other."""
-    check_diffusion(c)
-    bits, classes = c.diffusion.bits, len(source.classes)
-    diffusion.check_choice(bits, ("", *diffusion.RGB_CODES), "bits")
-    channels = c.data.image_channels * diffusion.RGB_CODES.get(bits, 1)
-    if c.model.channels != channels:
-        raise ValueError(
-            f"channels is {c.model.channels}, but image_channels={c.data.image_channels} with "
-            f"bits={bits!r} are {channels}")
-    if c.model.num_classes not in (0, classes):
-        raise ValueError(
-            f"num_classes is {c.model.num_classes}, but the data has {classes} classes")
-
-
-def check_maps(c, source):
-    """ValueError if data, recipe and network do not fit each other."""
-    check_diffusion(c)
-    most = max(c.data.max_segments - 1, *(row["label"] for row in c.categories))
-    if c.diffusion.bits != "ids" or c.model.channels % 2 or most >> c.model.channels // 2:
-        raise ValueError(
-            f"bits is {c.diffusion.bits!r} and channels {c.model.channels}, expected 'ids' and "
-            f"twice the bits of {most}, the largest of all labels and ids")
-
-
-def check_diffusion(c):
-    d = c.diffusion
+    d, m = c.diffusion, c.model
     for schedule in (d.train_schedule, c.sampling.sample_schedule):
         diffusion.gamma_schedule(schedule)
     diffusion.check_choice(d.pred_type, diffusion.PRED_TYPES, "pred_type")
     diffusion.check_choice(c.sampling.sampler, diffusion.SAMPLERS, "sampler")
     if not 1 <= d.low_noise_weight < math.inf:         # nor is NaN
         raise ValueError(f"low_noise_weight is {d.low_noise_weight}, expected at least 1")
-    if (d.pred_type == "x_softmax_xent") != (c.model.softmax_groups > 0):
+    if (d.pred_type == "x_softmax_xent") != (m.softmax_groups > 0):
         raise ValueError("pred_type x_softmax_xent and a UNet with softmax_groups belong together")
+    if isinstance(m, PanopticConfig):
+        most = max(c.data.max_segments - 1, *(row["label"] for row in c.categories))
+        if d.bits != "ids" or m.channels % 2 or most >> m.channels // 2:
+            raise ValueError(
+                f"bits is {d.bits!r} and channels {m.channels}, expected 'ids' and twice the bits "
+                f"of {most}, the largest of all labels and ids")
+        return
+    diffusion.check_choice(d.bits, ("", *diffusion.RGB_CODES), "bits")
+    channels = c.data.image_channels * diffusion.RGB_CODES.get(d.bits, 1)
+    if m.channels != channels:
+        raise ValueError(
+            f"channels is {m.channels}, but image_channels={c.data.image_channels} with "
+            f"bits={d.bits!r} are {channels}")
+    classes = len(source.classes)
+    if m.num_classes not in (0, classes):
+        raise ValueError(f"num_classes is {m.num_classes}, but the data has {classes} classes")
 
 
 def worker_count(c):
@@ -442,8 +444,9 @@ class Muon(Optimizer):
             for matrix, change in zip(p.chunk(n), ahead.chunk(n)):
                 alike.setdefault(change.shape, []).append((matrix, change, group))
         for rows in alike.values():
-            changes = orthogonal(torch.stack([change for _, change, _ in rows]))
-            for (matrix, _, group), change in zip(rows, changes):
+            matrices, changes, groups = zip(*rows)
+            changes = orthogonal(torch.stack(changes))
+            for matrix, change, group in zip(matrices, changes, groups):
                 change *= 0.2 * max(change.shape) ** 0.5
                 change = change.view_as(matrix) + group["weight_decay"] * matrix
                 matrix.sub_(group["lr"] * change)
@@ -452,13 +455,14 @@ class Muon(Optimizer):
 def orthogonal(x):
     """Matrices (N, rows, columns) -> nearly the nearest ones with all singular values 1: five steps
     of an odd polynomial that takes singular values from (0, 1] to about 1."""
+    if x.shape[1] > x.shape[2]:                        # the smaller square is cheaper
+        return orthogonal(x.mT).mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    wide = x if x.shape[1] <= x.shape[2] else x.mT
     for _ in range(5):
-        square = wide @ wide.mT
+        square = x @ x.mT
         change = torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315)
-        wide = torch.baddbmm(wide, change, wide, beta=3.4445)
-    return wide if x.shape[1] <= x.shape[2] else wide.mT
+        x = torch.baddbmm(x, change, x, beta=3.4445)
+    return x
 
 
 class Average:
@@ -466,27 +470,25 @@ class Average:
     (the reference's starts from random ones). Without a decay, the weights themselves."""
 
     def __init__(self, model, decay):
-        self.decay, self.model = decay, model
-        if decay:
-            self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+        self.model = copy.deepcopy(model).eval() if decay else model
 
     @torch.no_grad()
     def update(self, model, step):
         if self.decay:
             weight = 1 - min(self.decay, (1 + step) / (10 + step))
-            ours, theirs = list(self.model.parameters()), list(model.parameters())
-            torch._foreach_lerp_(ours, theirs, weight)
+            torch._foreach_lerp_(
+                list(self.model.parameters()), list(model.parameters()), weight)
             for ours, theirs in zip(self.model.buffers(), model.buffers()):
                 ours.copy_(theirs)
 
 
 def evaluate_run(model, c, device, step, done):
     """Metrics on held-out data, and pictures of predictions in a folder in the run's."""
-    c = sample.changed(c, stats_dir=c.sampling.stats_dir or c.run.out)
-    boxes = "own" if "det" in c.data.tasks else "truth"
+    model, device = device.host(model)
     metrics, _ = evaluate(
-        model, c, "val", device, boxes=boxes, workers=worker_count(c),
-        limit=0 if done or c.run.target else c.run.eval_images)
+        model, c, "val", device, boxes="own" if "det" in c.data.tasks else "truth",
+        workers=worker_count(c), limit=0 if done or c.run.target else c.run.eval_images)
     if device.first and c.run.pictures:
         options = sample.SampleOptions(count=c.run.pictures, out=f"{c.run.out}/step_{step:07d}")
         sample.show(model, c, c.data.tasks, options, device.generator(0))
@@ -520,7 +522,7 @@ def resume(c, device, model, average, optimizer):
     path = f"{c.run.out}/last.pt"
     if not os.path.exists(path):
         return 0, -math.inf
-    saved = load(path, device.device)
+    saved = load(path)
     then, now = facts(saved["config"]), facts(asdict(c))
     changed = [f"{key}: {then.get(key)} there, {value} here"
                for key, value in now.items() if then.get(key) != value]
@@ -528,20 +530,26 @@ def resume(c, device, model, average, optimizer):
         raise ValueError(
             f"{path} is of another run ({'; '.join(changed)}): use the same values, another --out, "
             f"or --fresh")
-    model.load_state_dict(saved["model"])
+    load_weights(model, saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     if scaler := saved.get("scaler"):
         device.scaler.load_state_dict(scaler)
     if average.decay:
-        average.model.load_state_dict(saved["ema"])
+        load_weights(average.model, saved["ema"])
     return saved["step"], saved["best"]
 
 
 def facts(config):
     """What makes a nested dict of a Config this run and no other, by name."""
-    parts = (config[part] for part in ("model", "vocab", "data", "diffusion", "optim"))
     classes = [f"{category['label']} {category['name']}" for category in config["categories"]]
-    return dict(ChainMap(*parts), classes=", ".join(classes))
+    return {
+        **config["optim"],
+        **config["diffusion"],
+        **config["data"],
+        **config["vocab"],
+        **config["model"],
+        "classes": ", ".join(classes),
+    }
 
 
 def start_from(path, model, c):
@@ -554,9 +562,9 @@ def start_from(path, model, c):
     for name, value in saved["vocab"].items():
         if name != "pieces" and value != getattr(c.vocab, name):
             raise ValueError(f"{path} has {name} {value}, not {getattr(c.vocab, name)}")
-    grid = None                                        # of the checkpoint's learned positions
-    if saved["model"].get("encoder") == "vit":
-        grid = tuple(side // saved["model"]["patch_size"] for side in saved["model"]["image_size"])
+    size, grid = saved["model"], None                  # of the checkpoint's learned positions
+    if size.get("encoder") == "vit":
+        grid = tuple(side // size["patch_size"] for side in size["image_size"])
     then, now = ({category["label"]: category["name"] for category in categories}
                  for categories in (saved["categories"], c.categories))
     # A class that the checkpoint knows by its number alone may be called anything.
@@ -604,12 +612,11 @@ class Log:
             return
         if os.path.exists(self.path):                  # forget what came after the last checkpoint
             with open(self.path) as f:
-                lines = [line for line in f if line.endswith("}\n")]
-            values = map(json.loads, lines)            # an evaluation at `start` is made again
-            keys = [(entry["step"], "lr" not in entry) for entry in values]
-            kept = [line for line, key in zip(lines, keys) if key <= (start, False)]
+                entries = [json.loads(line) for line in f if line.endswith("}\n")]
             with open(self.path, "w") as f:
-                f.writelines(kept)
+                for entry in entries:                  # an evaluation at `start` is made again
+                    if (entry["step"], "lr" not in entry) <= (start, False):
+                        f.write(json.dumps(entry) + "\n")
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(c.run.out)
@@ -619,11 +626,12 @@ class Log:
         self.began, self.since, self.images = time.time(), step, 0
 
     def write(self, step, values, shown):
+        """Writes {name: number}, for people only those whose names are `shown`."""
         if not self.device.first:
             return
         with open(self.path, "a") as f:
             f.write(json.dumps({"step": step, **values}) + "\n")
-        texts = [f"{key} {value:.4g}" for key, value in shown.items()]
+        texts = [f"{key} {values[key]:.4g}" for key in shown]
         self.device.say(f"step {step:>7} " + " ".join(texts))
         for key, value in values.items() if self.board else ():
             if isinstance(value, float):
@@ -631,7 +639,7 @@ class Log:
 
     def step(self, step, losses, lr, norm, parts):
         """One step is done; every log_every-th is written."""
-        self.losses = self.device.sum(losses)
+        self.losses = losses
         for _, batch in parts:
             self.images += len(batch.weights) * self.device.world
             for message in set(batch.skipped) - self.warned:
@@ -670,18 +678,18 @@ class Log:
         self.restart(step)                             # evaluation is not training time
         if not metrics:
             return -math.inf
-        values, shown = {}, {}
+        values, shown = {}, []
         for task, numbers in metrics.items():
-            named = {f"{task}_{name}": value for name, value in numbers.items()}
-            values |= named
-            shown |= dict([pair for pair in named.items() if isinstance(pair[1], float)][:3])
+            values |= {f"{task}_{name}": value for name, value in numbers.items()}
+            floats = [name for name, value in numbers.items() if isinstance(value, float)]
+            shown += [f"{task}_{name}" for name in floats[:3]]
         self.write(step, values, shown)
         numbers = metrics[self.c.data.tasks[0]]
-        quoted = next((name for name in QUOTED if name in numbers), None)
-        if quoted and 0 < self.c.run.target <= numbers[quoted]:
-            self.reached, self.device.asked = metrics, True
-            minutes = (time.time() - self.born) / 60
-            self.device.say(f"{quoted} {numbers[quoted]:.3f} after {minutes:.2f} minutes")
+        for name in QUOTED:
+            if 0 < self.c.run.target <= numbers.get(name, 0):
+                self.reached, self.device.asked = metrics, True
+                minutes = (time.time() - self.born) / 60
+                self.device.say(f"{name} {numbers[name]:.3f} after {minutes:.2f} minutes")
         firsts = [next(iter(numbers.values())) for numbers in metrics.values()]
         return sum(firsts) / len(firsts)
 
@@ -713,7 +721,7 @@ def preset(name, about, result=NOT_RUN, like=None, model=None, **changes):
     Fields are named as on the command line."""
     base = PRESETS[like].config if like else Config()
     c = replace(base, model=model or base.model)
-    unknown = set(changes) - {field.name for part in parts_of(c) for field in fields(part)}
+    unknown = set(changes).difference(*map(vars, parts_of(c)))
     assert not unknown, f"preset {name}: no field is called {unknown}"
     c = sample.changed(c, **changes)
     PRESETS[name] = Preset(c, about, result)
@@ -725,15 +733,16 @@ def parts_of(c):
 
 
 # Drawn shapes, for two CPU cores: 64 bins for 64 px, four classes, captions in bytes.
+SMALL_VIT = dict(
+    image_size=(64, 64), enc_layers=2, enc_dim=96, enc_mlp=192, enc_heads=4, drop_path=0.0,
+    dropout=0.0)
 preset(
     "det_shapes",
     "boxes of drawn shapes, 64 px",
     result="AP50 0.98, AP 0.82 after 4.3 minutes, on test, three seeds",
     model=Pix2SeqConfig(
-        image_size=(64, 64), patch_size=8,
-        enc_layers=2, enc_dim=96, enc_mlp=192, enc_heads=4,
-        dec_layers=2, dec_dim=96, dec_mlp=192, dec_heads=4,
-        vocab_size=432, max_seq_len=64, drop_path=0.0, dropout=0.0,
+        patch_size=8, dec_layers=2, dec_dim=96, dec_mlp=192, dec_heads=4, vocab_size=432,
+        max_seq_len=64, **SMALL_VIT,
     ),
     bins=64,
     coord_shift=110,
@@ -746,7 +755,6 @@ preset(
     scale_min=1.0,
     scale_max=1.0,
     instance_scale_min=1.0,
-    instance_scale_max=1.0,
     flip=False,
     caption_flip=False,
     color_jitter=0.0,
@@ -796,7 +804,10 @@ preset(
 preset(
     "det_coco_tiny",
     "boxes with a small ViT, 256 px, to overfit a few images",
-    model=replace(SIZES["vit_tiny"], image_size=(256, 256), drop_path=0.0, dropout=0.0),
+    model=SIZES["vit_tiny"],
+    image_size=(256, 256),
+    drop_path=0.0,
+    dropout=0.0,
     data="coco",
     bad_boxes="drop",
     max_objects=30,
@@ -815,7 +826,7 @@ preset(
     "multi_coco_tiny",
     "all four tasks with a small ViT, 256 px",
     like="det_coco_tiny",
-    tasks=("det", "seg", "kpt", "cap"),
+    tasks=Pix2SeqConfig.TASKS,
     vocab_size=3000 + 258,
     max_instances=3,
     captions_per_image=2,
@@ -828,31 +839,27 @@ PUBLISHED_AP = {                                       # at 640, 1024 and 1333 p
     "resnet50_c4": (44.7, 46.9, 47.3),
 }
 LONG = dict(log_every=100, eval_every=10_000, save_every=2_000)        # runs of days
-FINETUNE = dict(
-    data="coco",
-    bad_boxes="drop",
-    lr=3e-5,
-    epochs=40,
-    warmup_epochs=2,
-    batch_size=32,
-    eval_images=1000,
-    **LONG,
-)
 for size, published in PUBLISHED_AP.items():
     for side, ap in zip((640, 1024, 1333), published):
         preset(
             f"det_coco_{size}" + (f"_{side}" if side > 640 else ""),
             f"COCO fine-tuning of 2109.10852, {side} px; 8 GPUs",
             result=f"{NOT_RUN}; published {ap} AP, from Objects365 weights",
-            model=replace(SIZES[size], image_size=(side, side)),
+            model=SIZES[size],
+            image_size=(side, side),
+            data="coco",
+            bad_boxes="drop",
+            epochs=40,
+            warmup_epochs=2,
+            eval_images=1000,
             checkpointing=side > 640,
-            **FINETUNE,
+            **LONG,
         )
 preset(
     "det_coco_fit_b",
     "the same fine-tuning with a FIT as encoder (2305.12689; its sizes here are ours), 640 px",
     like="det_coco_vit_b",
-    model=replace(SIZES["fit_b"], image_size=(640, 640)),
+    model=SIZES["fit_b"],
 )
 preset(
     "det_o365_vit_b",
@@ -870,7 +877,7 @@ preset(
     "all four tasks of 2206.07669, 640 px; 32 GPUs",
     result=f"{NOT_RUN}; published 44.2 box AP",
     like="det_coco_vit_b",
-    tasks=("det", "seg", "kpt", "cap"),
+    tasks=Pix2SeqConfig.TASKS,
     vocab_size=35_000,
     lr=1e-4,
     epochs=100,
@@ -886,6 +893,7 @@ for task, about in (("seg", "masks"), ("kpt", "keypoints"), ("cap", "captions"))
     )
 
 # Generation, for two CPU cores.
+MNIST = dict(data="mnist", image_channels=1, channels=1, sample_size=(28, 28), num_classes=10)
 preset(
     "gen_shapes",
     "drawn shapes of a class, 32 px, UNet",
@@ -904,7 +912,6 @@ preset(
     pred_type="x",
     low_noise_weight=16.0,                             # where outlines are drawn
     optimizer="muon",
-    batch_size=32,
     steps=1500,
     warmup_steps=200,
     lr=5e-3,
@@ -966,13 +973,9 @@ preset(
     "digits of a class, 28 px; --data_dir holds MNIST's idx files",
     result="0.990 of 200 samples classified right after 8.6 minutes on one core",
     like="gen_shapes",
-    sample_size=(28, 28),
-    channels=1,
-    num_classes=10,
     attention_at=(7,),
-    data="mnist",
-    image_channels=1,
     steps=1200,
+    **MNIST,
 )
 preset(
     "gen_shapes_fit",
@@ -1018,12 +1021,8 @@ preset(
     "ar_mnist",
     "digits of a class written pixel by pixel, 28 px, FIT; --data_dir holds MNIST's idx files",
     like="ar_shapes",
-    sample_size=(28, 28),
-    channels=1,
-    num_classes=10,
     fit_patch=7,
-    data="mnist",
-    image_channels=1,
+    **MNIST,
 )
 
 # Panoptic masks, for two CPU cores.
@@ -1033,10 +1032,9 @@ preset(
     result="PQ 0.71 after some 10 minutes, on test, three seeds",
     like="gen_shapes",
     model=PanopticConfig(
-        image_size=(64, 64), encoder="vit", patch_size=4, enc_layers=2, enc_dim=96, enc_mlp=192,
-        enc_heads=4, drop_path=0.0, dropout=0.0, sample_size=(32, 32), channels=6, fuse_dim=32,
-        unet_dim=32, multipliers=(1, 2), res_blocks=(1, 1), transformer_layers=1,
-        transformer_dim=64, head_dim=32,
+        encoder="vit", patch_size=4, sample_size=(32, 32), channels=6, fuse_dim=32, unet_dim=32,
+        multipliers=(1, 2), res_blocks=(1, 1), transformer_layers=1, transformer_dim=64,
+        head_dim=32, **SMALL_VIT,
     ),
     tasks=("pan",),
     bits="ids",
@@ -1053,7 +1051,6 @@ preset(
     min_pixels=4,
     split_pixels=64,
     batch_size=16,
-    steps=1500,
     low_noise_weight=4.0,
     pictures=8,
 )
@@ -1087,7 +1084,6 @@ preset(
     split_pixels=0,
     low_noise_weight=1.0,
     batch_size=2,
-    steps=1500,
 )
 
 # Panoptic masks as published, in two stages; 32 GPUs.
@@ -1169,32 +1165,6 @@ preset(
 
 # Generation as published. LAMB leaves biases and norms without decay and scaling.
 preset(
-    "gen_cifar10_rin",
-    "CIFAR-10 RIN of 2212.11972; 8 GPUs",
-    result=f"{NOT_RUN}; published FID 1.81",
-    model=RINConfig(num_classes=10),
-    tasks=("gen",),
-    data="cifar10",
-    train_schedule="sigmoid@-3,3,0.9",
-    self_cond_rate=0.9,
-    self_cond_masking=True,
-    sampler="ddpm",
-    sample_steps=400,
-    optimizer="lamb",
-    no_decay="bias|norm",
-    weight_decay=0.01,
-    lr=3e-3,
-    lr_schedule="cosine@0.8",
-    end_lr_factor=0.0,
-    beta2=0.999,
-    ema_decay=0.9999,
-    batch_size=256,
-    warmup_steps=10_000,
-    steps=150_000,
-    pictures=64,
-    **LONG,
-)
-preset(
     "gen_cifar10_unet",
     "CIFAR-10 UNet of the reference; 8 GPUs",
     model=UNetConfig(num_classes=10, self_cond="eps", unet_dropout=0.3),
@@ -1213,12 +1183,35 @@ preset(
     pictures=64,
     **LONG,
 )
+preset(
+    "gen_cifar10_rin",
+    "CIFAR-10 RIN of 2212.11972; 8 GPUs",
+    result=f"{NOT_RUN}; published FID 1.81",
+    like="gen_cifar10_unet",
+    model=RINConfig(num_classes=10),
+    train_schedule="sigmoid@-3,3,0.9",
+    self_cond_rate=0.9,
+    self_cond_masking=True,
+    sample_steps=400,
+    optimizer="lamb",
+    no_decay="bias|norm",
+    weight_decay=0.01,
+    lr=3e-3,
+    lr_schedule="cosine@0.8",
+    end_lr_factor=0.0,
+    clip_norm=0.0,
+    batch_size=256,
+    steps=150_000,
+)
 for code in ("uint8", "uint8_s"):
     preset(
         f"bits_cifar10_{code}",
         f"CIFAR-10 Bit Diffusion of 2208.04202, code {code}; 8 GPUs",
         like="gen_cifar10_unet",
-        model=UNetConfig(channels=24, num_classes=10, self_cond="x", softmax_groups=3),
+        channels=24,
+        self_cond="x",
+        softmax_groups=3,
+        unet_dropout=0.0,
         bits=code,
         b_scale=0.5,
         pred_type="x_softmax_xent",
@@ -1228,10 +1221,12 @@ preset(
     "gen_imagenet64_unet",
     "ImageNet 64 px UNet of the reference; --data_dir holds train/CLASS and val/CLASS; 32 GPUs",
     like="gen_cifar10_unet",
-    model=UNetConfig(
-        sample_size=(64, 64), num_classes=1000, self_cond="eps", unet_dim=192,
-        multipliers=(1, 2, 3, 4), res_blocks=(3, 3, 3, 3),
-    ),
+    sample_size=(64, 64),
+    num_classes=1000,
+    unet_dim=192,
+    multipliers=(1, 2, 3, 4),
+    res_blocks=(3, 3, 3, 3),
+    unet_dropout=0.0,
     data="images",
     batch_size=1024,
     lr=2e-4,
@@ -1241,11 +1236,16 @@ preset(
     "gen_imagenet64_rin",
     "ImageNet 64 px RIN of 2212.11972; 32 GPUs",
     like="gen_cifar10_rin",
-    model=RINConfig(
-        sample_size=(64, 64), num_classes=1000, interface_patch=8, latent_layers=(4, 4, 4, 4),
-        latent_dim=768, interface_dim=512, interface_mlp_ratio=4, rw_heads=16,
-        drop_path=0.0, dropout=0.0,
-    ),
+    sample_size=(64, 64),
+    num_classes=1000,
+    interface_patch=8,
+    interface_dim=512,
+    interface_mlp_ratio=4,
+    latent_layers=(4, 4, 4, 4),
+    latent_dim=768,
+    rw_heads=16,
+    drop_path=0.0,
+    dropout=0.0,
     data="images",
     train_schedule="simple_linear",
     sample_steps=1000,
@@ -1281,7 +1281,6 @@ preset(
     like="gen_imagenet64_rin",
     frames=11,
     cond_frames=5,
-    frame_stride=1,
     num_classes=0,
     latent_layers=(4, 4, 4, 4, 4, 4),
     latents=256,
@@ -1304,6 +1303,7 @@ def parse(argv):
     parser = sample.Parser(usage="train.py [PRESET] [--OPTION=VALUE ...]", description=__doc__)
     parser.add_argument("--list", action="store_true", help="show the presets")
     parser.add_argument("--bench", action="store_true", help="measure the speed of this machine")
+    parser.add_argument("--against", metavar="FOLDER", help="of --bench: beside another checkout's")
     if name not in PRESETS:
         parser.error(f"unknown preset {name!r}" + sample.nearest(name, PRESETS))
     c = PRESETS[name].config
@@ -1319,8 +1319,16 @@ def main():
         for name, row in PRESETS.items():
             print(f"{name}\n    {row.about}\n    {row.result}")
         return
+    Device.launch(c.run.device, partial(start, c, args))
+
+
+def start(c, args, _):
+    """What this process does of what the command line asks for."""
     began = time.time()
     try:
+        if args.against:
+            argv = [text for text in sys.argv[1:] if not text.startswith("--against")]
+            return bench_against(args.against, argv)
         if args.bench:
             return bench(c)
         metrics = train(c)
@@ -1341,33 +1349,43 @@ def main():
 
 
 def bench(c):
-    """Median times of training and of prediction on this machine."""
+    """Prints median times of training and of prediction on this machine, how much of the speed of a
+    large matrix product training has, memory, and how often something was compiled meanwhile."""
     device = Device(c.run.device, c.run.dtype, c.run.compile)
     c, sources = prepare(c, device)
-    c = sample.changed(c, steps=10 ** 6)          # batches must not run out
+    c = sample.changed(c, steps=10 ** 6, task_starts=())       # batches must not run out
     model = make_model(c, device)
     optimizer = make_optimizer(model.named_parameters(), c.optim, device.fused)
     forward = device.wrap(model)
-    batches = {task: batches_from(0, task, sources[task], c, device) for task in sources}
-    images = sum(batch_sizes(c).values())
+    batches, images = batches_from(0, sources, c, device), sum(batch_sizes(c).values())
 
     def fetch():
-        return [(task, next(batches[task])) for task in sources for _ in range(c.run.accumulate)]
+        return list(islice(batches, len(sources) * c.run.accumulate))
 
     def loss():
         with device.autocast():
             return sum(LOSS[task](forward, batch.to(device.device), c) for task, batch in parts)
 
-    def step():
+    def backward():
         device.scaler.scale(loss()).backward()
+        device.sync()
+
+    def step():
+        backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         device.step(optimizer)
+        device.sync()
 
-    def measure(name, work, count, unit, seconds=2.0):
+    def measure(name, work, count, unit):
         work()
+        compiled = device.compilations()
         timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
-        median = timer.blocked_autorange(min_run_time=seconds).median
-        device.say(f"{name:12}{1000 * median:10.1f} ms{count / median:12.1f} {unit} per second")
+        median = timer.blocked_autorange(min_run_time=2.0).median
+        compiled = device.compilations() - compiled
+        again = f", {compiled} compilations" if compiled else ""
+        device.say(
+            f"{name:12}{1000 * median:10.1f} ms{count / median:14.1f} {unit} per second{again}")
+        return median
 
     device.say(f"{images} images per step on {device.world} x {device.name}, {device.dtype}")
     measure("data", fetch, images, "images")
@@ -1375,30 +1393,55 @@ def bench(c):
     model.train()
     with torch.no_grad():
         measure("forward", loss, images, "images")
-    measure("step", step, images, "images")
-    device.say(f"peak memory {device.memory_gb():.1f} GiB")
+    measure("backward", backward, images, "images")            # and forward
+    with FlopCounterMode(display=False) as flops:
+        step()
+    speed = flops.get_total_flops() / measure("step", step, images, "images")
+    square = torch.rand(4096, 4096, device=device.device, dtype=device.dtype)
+    peak = 2 * 4096 ** 3 / measure("matmul", lambda: square @ square, 1, "products")
+    device.say(f"step: {speed / 1e9:.0f} GFLOPS, {speed / peak:.0%} of a large product's; peak "
+               f"memory {device.memory_gb():.1f} GiB")
     model.eval()
     with torch.no_grad(), device.autocast():
         BENCH[c.data.tasks[0]](model, c, device, measure)
 
 
 def bench_sequences(model, c, device, measure):
+    """Time to encode an image, to write one long sequence about it, and the polygons of 100 objects
+    that are as long as they can be."""
     image = torch.rand(1, 3, *c.model.image_size, device=device.device)
-    prompt, length = torch.full((1, 1), 10, device=device.device), 5 * c.data.max_objects
     measure("encode", lambda: model.encode(image), 1, "images")
     context = model.encode(image)
 
-    def decode(cache=True):
-        model.generate(context, prompt, length, top_p=c.sampling.top_p, cache=cache)
+    def decode(shape, length, **options):
+        return lambda: model.generate(
+            context, torch.full(shape, 10, device=device.device), length, **options)
 
-    measure("decode", decode, length, "tokens")
-    measure("  no cache", lambda: decode(cache=False), length, "tokens", seconds=0.1)
+    length, samples = 5 * c.data.max_objects, c.sampling.seg_samples
+    measure("decode", decode((1, 1), length, top_p=c.sampling.top_p), length, "tokens")
+    masks = decode((1, 16, 6), 2 * c.data.max_points - 6, samples=samples, top_p=0.8)
+    measure("16 objects", masks, 16 * samples, "polygons")
 
 
 def bench_samples(model, c, device, measure):
     inputs = sample.Inputs(sample.sample_records(c, 1), c)
     predict = sample.PREDICT[c.data.tasks[0]]
     measure("sample", lambda: predict(model, inputs, c), 1, "images")
+
+
+def bench_against(folder, argv):
+    """Runs --bench here and in another checkout in turn, three times, and prints medians."""
+    folders, times = (folder, os.path.dirname(os.path.abspath(__file__))), {}
+    for n in range(6):
+        command = [sys.executable, f"{folders[n % 2]}/train.py", *argv]
+        printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        for name, ms in re.findall(r"^(.+?) +([\d.]+) ms", printed, re.M):
+            times.setdefault(name, ([], []))[n % 2].append(float(ms))
+    print(f"{'':12}{'there':>10}{'here':>10}  times as fast")
+    for name, (there, here) in times.items():
+        if there and here:
+            a, b = statistics.median(there), statistics.median(here)
+            print(f"{name:12}{a:10.1f}{b:10.1f}{a / b:10.2f}")
 
 
 BENCH = dict.fromkeys(LOSS, bench_samples) | dict.fromkeys(Pix2SeqConfig.TASKS, bench_sequences)

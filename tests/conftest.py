@@ -16,7 +16,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 sys.path.insert(0, ROOT)
 torch.set_num_threads(1)
 
-from model import Pix2Seq, Pix2SeqConfig
+from model import Generated, Pix2Seq, Pix2SeqConfig, sample_token
 
 
 def run(script, *arguments, torchrun=0, process=False, cwd=".", check=True):
@@ -82,3 +82,26 @@ def tiny_config():
 def tiny_model(tiny_config):
     torch.manual_seed(0)
     return Pix2Seq(tiny_config).eval()
+
+
+@torch.no_grad()
+def generate_without_cache(
+        model, context, prompts, length, samples=1, suppress=None, generator=None,
+        return_logprobs=slice(0), **sampling):
+    """What Pix2Seq.generate writes, by reading everything anew for each token."""
+    written = prompts.reshape(-1, prompts.shape[-1]).repeat_interleave(samples, 0)
+    columns = []
+    for _ in range(length):
+        logits = model.decoder.scores(model.decoder(written, context)[:, -1])
+        uniform = torch.rand(2, len(written), generator=generator)
+        token = shown = sample_token(logits, uniform[0], **sampling)
+        if suppress is not None:
+            logits[:, suppress] = -torch.inf
+            other = sample_token(logits, uniform[1], **sampling)
+            shown = torch.where(token == suppress, other, token)
+        logprob = logits.log_softmax(-1)
+        prob = logprob.gather(1, shown[:, None])[:, 0].exp()
+        columns.append((shown, prob, logprob[:, return_logprobs]))
+        written = torch.cat([written, token[:, None]], 1)
+    parts = (torch.stack(part, 1) for part in zip(*columns))
+    return Generated(*(x.unflatten(0, (len(context), -1)) for x in parts))

@@ -1,3 +1,4 @@
+import functools
 import itertools
 import json
 import os
@@ -402,10 +403,12 @@ def batches(workers, world=1, parts=1, start=0, steps=3, task="det", batch=8):
         max_points=20,
         caption_length=50,
     )
-    stream, loaded = TrainStream(Shapes("train"), task, c, seed=5), []
+    streams = data.Streams({task: TrainStream(Shapes("train"), task, c, seed=5)})
+    collate, loaded = functools.partial(data.collate_parts, c), []
     for rank in range(world):
-        positions = data.MicroBatches(start, steps, batch, parts, rank, world)
-        loaded.append(list(data.make_loader(stream, positions, data.collate(task, c), workers)))
+        positions = data.MicroBatches(start, steps, {task: (batch, 0)}, parts, rank, world)
+        loader = data.make_loader(streams, positions, collate, workers)
+        loaded.append([batch for _, batch in loader])
     return loaded
 
 
@@ -423,6 +426,14 @@ def test_any_number_of_workers_gives_the_same_stream(task):
 def test_a_stream_that_starts_later_goes_on_where_it_would_have_been():
     for a, b in zip(batches(0)[0][2:], batches(0, start=2)[0], strict=True):
         assert torch.equal(a.images, b.images) and torch.equal(a.inputs, b.inputs)
+
+
+def test_a_step_has_a_batch_of_each_task_that_has_started():
+    positions = data.MicroBatches(1, 4, {"det": (4, 0), "seg": (2, 2)}, parts=2)
+    assert list(positions) == [
+        [("det", 4), ("det", 6)], [("det", 5), ("det", 7)],
+        [("det", 8), ("det", 10)], [("det", 9), ("det", 11)], [("seg", 4)], [("seg", 5)],
+        [("det", 12), ("det", 14)], [("det", 13), ("det", 15)], [("seg", 6)], [("seg", 7)]]
 
 
 @pytest.mark.parametrize("world, parts", [(2, 1), (1, 4), (2, 2)])

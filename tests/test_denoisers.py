@@ -212,8 +212,7 @@ def test_groups_of_a_fit_hear_of_each_other_through_latents_alone():
 
 def test_a_causal_fit_lets_no_group_hear_of_later_ones_and_a_token_of_none_that_follow():
     torch.manual_seed(0)
-    blocks = m.fit_blocks(
-        "(1)1(1)2(1)", dim=24, latent_dim=32, heads=2, latent_heads=4, mlp_ratio=2, causal=3)
+    blocks = m.fit_blocks(replace(TINY_FIT, fit_layers="(1)1(1)2(1)"), causal=3)
     x, latents = torch.randn(2, 4, 5, 24), torch.randn(2, 4, 3, 32)
 
     def run(x):

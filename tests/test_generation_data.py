@@ -1,8 +1,8 @@
 import gzip
 import os
 import struct
-import sys
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -101,9 +101,9 @@ def test_the_shape_of_a_clip_moves_straight_bounces_and_stays_inside():
     assert 0.028 < min(speeds) < 0.045 and 0.06 < max(speeds) < 0.082, speeds
 
 
-def test_clips_are_written_as_a_gif(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["data.py", "--sheet", f"{tmp_path}/a.gif", "--size", "16"])
-    data.main()
+def test_clips_are_written_as_a_gif(tmp_path):
+    clips = np.zeros((32, 16, 16, 16, 3), np.uint8) + np.arange(16)[:, None, None, None] * 9
+    assert data.save_grid(clips.astype(np.uint8), f"{tmp_path}/a") == f"{tmp_path}/a.gif"
     with Image.open(tmp_path / "a.gif") as gif:
         assert gif.n_frames == 16
         assert gif.size == (8 * 64 + 7 * 2, 4 * 64 + 3 * 2)           # each enlarged four times
@@ -439,11 +439,12 @@ def test_pixels_that_the_model_does_not_take_are_named(shape, c, words):
 def test_any_number_of_workers_gives_the_same_pixels_and_labels():
     c = options((16, 16), frames=2)
     stream = TrainStream(data.make_source(c, "train", "gen"), "gen", c, seed=0)
-    collate = data.collate("gen", c)
-    runs = [
-        list(data.make_loader(stream, data.MicroBatches(start, 3, 4), collate, workers))
-        for start, workers in ((0, 0), (0, 2), (1, 0))
-    ]
+    streams, collate = data.Streams({"gen": stream}), partial(data.collate_parts, c)
+    runs = []
+    for start, workers in ((0, 0), (0, 2), (1, 0)):
+        positions = data.MicroBatches(start, 3, {"gen": (4, 0)})
+        loader = data.make_loader(streams, positions, collate, workers)
+        runs.append([batch for _, batch in loader])
     for batch in runs[0]:
         labels = batch.cond["labels"]
         assert batch.targets.shape == (4, 3, 2, 16, 16) and batch.targets.dtype == torch.uint8

@@ -218,48 +218,47 @@ def test_a_state_dict_is_refused_with_what_to_do(tmp_path):
 
 class Counting:
     """A network of features that counts the images it saw."""
-    def __init__(self, key):
-        self.key, self.seen = key, 0
+    def __init__(self, folder, key):
+        self.path, self.key, self.seen = f"{folder}/network.pt", key, 0
 
     def features(self, pixels):
         self.seen += len(pixels)
         return eval.as_frames(pixels).astype(np.float32).mean((1, 2)), None
 
 
-def real_statistics(network, c, folder):
-    source = data.make_source(c, "train", "gen")
-    return eval.real_statistics(network, source, c, 30, str(folder))
+def real_statistics(network, c):
+    return eval.real_statistics(network, data.make_source(c, "train", "gen"), c, 30)
 
 
 def test_statistics_of_real_images_are_computed_once_for_each_network_and_data(tmp_path):
-    c, network, other = configuration(), Counting("one"), Counting("two")
-    first, again = (real_statistics(network, c, tmp_path) for _ in range(2))
+    c, network, other = configuration(), Counting(tmp_path, "one"), Counting(tmp_path, "two")
+    first, again = (real_statistics(network, c) for _ in range(2))
     assert network.seen == 30 and all(map(np.array_equal, first, again))
-    real_statistics(other, c, tmp_path)
+    real_statistics(other, c)
     assert other.seen == 30
-    changed = real_statistics(network, configuration(data_seed=1), tmp_path)
+    changed = real_statistics(network, configuration(data_seed=1))
     assert network.seen == 60 and not np.array_equal(changed[0], first[0])
-    assert all(map(np.array_equal, first, real_statistics(network, c, tmp_path)))
+    assert all(map(np.array_equal, first, real_statistics(network, c)))
     assert network.seen == 60 and len(os.listdir(tmp_path)) == 3
 
 
 def test_statistics_of_clips_are_told_apart_by_their_context_frames(tmp_path):
     one, two = (replace(VIDEO, cond_frames=count) for count in (1, 2))
-    network = Counting("one")
+    network = Counting(tmp_path, "one")
     for model in (one, two):
-        real_statistics(network, configuration(model), tmp_path)
+        real_statistics(network, configuration(model))
     assert len(os.listdir(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("kept", [0, 100])
 def test_damaged_statistics_are_computed_again(tmp_path, kept):
-    c, network = configuration(), Counting("one")
-    first = real_statistics(network, c, tmp_path)
+    c, network = configuration(), Counting(tmp_path, "one")
+    first = real_statistics(network, c)
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:kept])
-    assert all(map(np.array_equal, first, real_statistics(network, c, tmp_path)))
+    assert all(map(np.array_equal, first, real_statistics(network, c)))
     assert network.seen == 60
-    real_statistics(network, c, tmp_path)
+    real_statistics(network, c)
     assert network.seen == 60
 
 
@@ -471,4 +470,4 @@ def test_eval_prints_and_saves_the_numbers_of_a_model_that_generates(
     for name in ("loss_at_0.3", "proxy_accuracy", "inception_score"):
         assert name in printed
     assert os.path.exists(tmp_path / "best_val_gen.png")
-    assert list(tmp_path.glob("fid_statistics_*.npz"))
+    assert list(tmp_path.rglob("*.statistics_*.npz"))

@@ -98,7 +98,7 @@ def test_cached_writing_equals_writing_without_a_cache_token_for_token(c):
     with torch.no_grad():
         for t in range(40, flat.shape[1]):
             logits = model(flat.view(tokens.shape), labels).flatten(1, 2)[:, t]
-            flat[:, t] = m.sample_token(logits, top_p=0.95, generator=generator)
+            flat[:, t] = m.sample_token(logits, torch.rand(2, generator=generator), top_p=0.95)
     assert torch.equal(written.flatten(1), flat) and len(flat[:, 40:].unique()) > 2
 
 

@@ -267,7 +267,7 @@ def test_coco_maps_are_read(tmp_path):
      "no category has: 8 (4.png, segment 70004)"),
     (lambda truth, ids: truth["annotations"].pop(), "images have no annotation: 9"),
     (lambda truth, ids: truth["annotations"][0].pop("segments_info"),
-     "annotations lack file_name or segments_info"),
+     "annotations lack one of image_id, file_name, segments_info"),
     (lambda truth, ids: truth["images"][0].update(file_name="x.jpg"), "images are not in"),
     (lambda truth, ids: truth.update(categories=[{"id": 1, "name": "cat"}]), "lack isthing: cat"),
 ])
@@ -553,9 +553,9 @@ def test_truth_as_prediction_is_perfect_where_masks_are_as_large_as_images(frame
     c = replace(c, categories=tuple(source.categories))
     records = [source[i] for i in range(6)]
     said = dict(enumerate(eval.true_maps(None, sample.Inputs(records, c), c)))
-    assert eval.score_maps(said, source, c)["PQ"] == pytest.approx(1, abs=1e-12)
+    assert eval.score_maps(said, source, c, None)["PQ"] == pytest.approx(1, abs=1e-12)
     if frames > 1:
-        scores = eval.score_clips(said, source, c)
+        scores = eval.score_clips(said, source, c, None)
         assert [scores[key] for key in ("STQ", "J&F")] == pytest.approx([1, 1], abs=1e-12)
 
 

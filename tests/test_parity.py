@@ -9,10 +9,12 @@ import json
 import math
 import os
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from conftest import generate_without_cache
 
 import diffusion
 import tokenizer
@@ -149,8 +151,8 @@ def check_pix2seq(g):
         if "layers" in g.config:                       # of a FIT there is no more
             return
         g.check("out:instance_logits", model(images, g["in:instance_seq"]).flatten(0, 1))
-    for cache in (True, False):
-        check_decoding(g, model, context, cache)
+    for write in (model.generate, partial(generate_without_cache, model)):
+        check_decoding(g, write, context)
     targets, weights = g["in:target"], g["in:token_weights"]
     g.check("out:loss_xent", token_losses(g["out:logits"], targets))
     g.check("out:loss_xent_ls", token_losses(g["out:logits"], targets, smoothing=0.1))
@@ -159,17 +161,16 @@ def check_pix2seq(g):
     g.check("out:weighted_loss_xent", weighted)
 
 
-def check_decoding(g, model, context, cache):
+def check_decoding(g, write, context):
     everything, length = slice(0, g.config["vocab_size"]), g["out:greedy_tokens"].shape[1]
-    out = model.generate(
-        context, g["in:prompt"], length, temperature=0, return_logprobs=everything, cache=cache)
+    out = write(context, g["in:prompt"], length, temperature=0, return_logprobs=everything)
     g.check("out:greedy_tokens", out.tokens[:, 0])
     expected = g["out:greedy_logits"].log_softmax(-1)
     worst = (out.logprobs[:, 0] - expected).abs().max().item()
     assert worst < 1e-4, f"greedy logits differ by {worst:.3g}"
     g.unchecked.discard("out:greedy_logits")
     length = g["out:greedy_tokens_instances"].shape[1]
-    out = model.generate(context, g["in:prompt_instances"], length, top_k=1, cache=cache)
+    out = write(context, g["in:prompt_instances"], length, top_k=1)
     g.check("out:greedy_tokens_instances", out.tokens.flatten(0, 1))
 
 
@@ -200,8 +201,8 @@ def check_tokens(g):
     probs = logits.softmax(-1).gather(-1, seq[..., None])[..., 0]
     score = tokenizer.point_score(g["in:box_score"], seq, probs, c["points_score_weight"])
     g.check("out:weighted_score", score)
-    g.check("out:quantized", tokenizer.quantize(g["in:coords"], bins))
-    g.check("out:dequantized", tokenizer.dequantize(g["out:quantized"], bins))
+    g.check("out:quantized", tokenizer.quantize(g["in:coords"], vocab) - shift)
+    g.check("out:dequantized", tokenizer.dequantize(g["out:quantized"] + shift, vocab))
     for key in g.keys("out:top_logits/"):
         k, p = key.removeprefix("out:top_logits/k").split("_p")
         ours, expected = filter_logits(g["in:top_in"], int(k), float(p)), g[key]
@@ -385,10 +386,10 @@ def check_fit(g):
     load_reference_weights(model, g.weights)
 
     def to_image(tokens):
-        c, (_, rows, cols) = model.config, model.grid
+        c, (rows, cols) = model.config, model.grid
         cell = 3, rows * c.fit_patch, cols * c.fit_patch
         images = from_patches(
-            tokens.flatten(0, 1), model.grid, model.patch_shape, (tokens[..., 0, 0].numel(), *cell))
+            tokens.flatten(0, 1), model.patch_shape, (tokens[..., 0, 0].numel(), *cell))
         return from_cells(images.unflatten(0, tokens.shape[:2]), c.fit_grid)
 
     hidden = (g["in:latent_prev"],) if "in:latent_prev" in g.npz else None

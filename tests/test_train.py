@@ -504,8 +504,9 @@ def test_the_speed_of_training_and_of_prediction_is_measured(tmp_path, monkeypat
     monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, "--bench", f"--out={tmp_path}"])
     train.main()
     output = capsys.readouterr().out
-    for part in ("data", "forward", "step", "encode", "decode", "  no cache"):
-        unit = "tokens" if part in ("decode", "  no cache") else "images"
+    units = {"decode": "tokens", "16 objects": "polygons"}
+    for part in ("data", "forward", "step", "encode", *units):
+        unit = units.get(part, "images")
         assert re.search(rf"^{part} +\d+\.\d ms +\d+\.\d {unit} per second", output, re.M), output
 
 
