@@ -1834,7 +1834,8 @@ class Device:
     """The hardware of this process, one of `world` that torchrun or `launch` started, or the only
     one.
 
-    name:    auto (cuda, else mps, else cpu), cuda, cuda:1, mps, cpu, or xla: a TPU by torch_xla
+    name:    auto (cuda, else mps, else cpu), cuda, cuda:1, mps, cpu, xla: a TPU by torch_xla, or
+             tpu: one by TorchTPU, as any other device (untried)
     dtype:   of matrix products: auto (on cuda bfloat16, float16 where it has none; bfloat16 for
              large networks on a cpu that has it; else float32), float32, bfloat16, or float16,
              whose losses are scaled
@@ -1842,7 +1843,6 @@ class Device:
     """
 
     def __init__(self, name="auto", dtype="auto", compile="auto"):
-        check_choice(name.partition(":")[0], ("auto", "cuda", "mps", "cpu", "xla"), "device")
         check_choice(dtype, ("auto", "float32", "bfloat16", "float16"), "dtype")
         check_choice(compile, ("auto", "on", "off"), "compile")
         available = {
@@ -1850,13 +1850,15 @@ class Device:
             "mps": torch.backends.mps.is_available(),
             "cpu": True,
             "xla": importlib.util.find_spec("torch_xla") is not None,
+            "tpu": hasattr(torch, "tpu"),
         }
         if name == "auto":
             name = next(filter(available.get, available))
-        self.device = torch.device(name)
-        self.type = self.name = self.device.type
+        self.type = self.name = name.partition(":")[0]
+        check_choice(self.type, ("auto", *available), "device")
         if not available[self.type]:
             raise ValueError(f"device {name} is not available on this machine")
+        self.device = torch.device(name)
         self.cuda = self.type == "cuda"
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if self.type == "xla":

@@ -486,7 +486,7 @@ def load_model(path, device):
         Vocab(**saved["vocab"]),
         DataConfig(**saved["data"]),
         DiffusionConfig(**saved["diffusion"]),
-        SamplingConfig(**saved["sampling"]),
+        given(SamplingConfig(), saved["sampling"]),    # may be of another version of this code
         saved["categories"],
     )
     model = build(c.model)

@@ -91,7 +91,7 @@ class RunConfig:
     """How a run is run. Not the recipe: these may change when a run goes on."""
     out: str = ""                       # folder of the run (default: out/PRESET)
     fresh: bool = False                 # start again, moving an earlier run in that folder aside
-    device: str = "auto"                # auto, cuda, mps, cpu, or xla: a TPU
+    device: str = "auto"                # auto, cuda, mps, cpu, xla or tpu (see model.Device)
     dtype: str = "auto"                 # auto (see model.Device), float32, bfloat16 or float16
     compile: str = "auto"               # torch.compile: auto (on cuda), on or off
     workers: int = -1                   # processes that load data; -1: by the number of cores
@@ -1303,6 +1303,7 @@ def parse(argv):
     parser = sample.Parser(usage="train.py [PRESET] [--OPTION=VALUE ...]", description=__doc__)
     parser.add_argument("--list", action="store_true", help="show the presets")
     parser.add_argument("--bench", action="store_true", help="measure the speed of this machine")
+    parser.add_argument("--json", action="store_true", help="of --bench: its rows, in a last line")
     parser.add_argument("--against", metavar="FOLDER", help="of --bench: beside another checkout's")
     if name not in PRESETS:
         parser.error(f"unknown preset {name!r}" + sample.nearest(name, PRESETS))
@@ -1330,7 +1331,8 @@ def start(c, args, _):
             argv = [text for text in sys.argv[1:] if not text.startswith("--against")]
             return bench_against(args.against, argv)
         if args.bench:
-            return bench(c)
+            rows = bench(c)
+            return args.json and print(json.dumps(rows))
         metrics = train(c)
     except (ValueError, OSError, FloatingPointError) as e:
         sys.exit(f"error: {e}")
@@ -1358,6 +1360,7 @@ def bench(c):
     optimizer = make_optimizer(model.named_parameters(), c.optim, device.fused)
     forward = device.wrap(model)
     batches, images = batches_from(0, sources, c, device), sum(batch_sizes(c).values())
+    rows = {}
 
     def fetch():
         return list(islice(batches, len(sources) * c.run.accumulate))
@@ -1382,9 +1385,10 @@ def bench(c):
         timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
         median = timer.blocked_autorange(min_run_time=2.0).median
         compiled = device.compilations() - compiled
-        again = f", {compiled} compilations" if compiled else ""
         device.say(
-            f"{name:12}{1000 * median:10.1f} ms{count / median:14.1f} {unit} per second{again}")
+            f"{name:12}{1000 * median:10.1f} ms{count / median:14.1f} {unit} per second, "
+            f"{compiled} compilations")
+        rows[name] = {"ms": 1000 * median, "per_second": count / median, "compilations": compiled}
         return median
 
     device.say(f"{images} images per step on {device.world} x {device.name}, {device.dtype}")
@@ -1404,6 +1408,7 @@ def bench(c):
     model.eval()
     with torch.no_grad(), device.autocast():
         BENCH[c.data.tasks[0]](model, c, device, measure)
+    return rows
 
 
 def bench_sequences(model, c, device, measure):

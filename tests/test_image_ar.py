@@ -89,7 +89,12 @@ def test_a_token_changes_no_logits_up_to_its_own(c):
             assert (change[:t + 1] == 0).all() and change[t + 1] > 0 and change[-1] > 0
 
 
-@pytest.mark.parametrize("c", [FIT, PLAIN, replace(FIT, fit_layers="(1)2(1)1", num_classes=0)])
+@pytest.mark.parametrize("c", [
+    FIT,
+    PLAIN,
+    replace(FIT, fit_layers="(1)2(1)1", num_classes=0),
+    replace(FIT, fit_latents=50, shared_embedding=True),               # more than a group's tokens
+])
 def test_cached_writing_equals_writing_without_a_cache_token_for_token(c):
     model, tokens = network(c), random_tokens(c)
     labels = torch.tensor([2, -1]) if c.num_classes else None

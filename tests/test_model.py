@@ -183,6 +183,35 @@ def test_after_the_end_there_is_only_padding(tiny_model):
         assert set(row[row.index(7) + 1:]) <= {0}
 
 
+@pytest.mark.parametrize("samples", [1, 3])
+def test_sequences_that_have_ended_leave_the_batch_and_change_no_other(tiny_model, samples):
+    context = tiny_model.encode(torch.rand(2, 3, 32, 32, generator=seeded(0)))
+    prompts, rows = torch.randint(0, 210, (2, 4, 4), generator=seeded(1)), []
+    with torch.no_grad():
+        tiny_model.decoder.bias[7] += 2.5              # some end soon, some late
+    options = dict(length=60, samples=samples, top_p=0.95)
+    whole = tiny_model.generate(context, prompts, generator=seeded(2), **options)
+    tiny_model.decoder.register_forward_hook(lambda _, args, out: rows.append(len(args[0])))
+    cut = tiny_model.generate(context, prompts, end=7, generator=seeded(2), **options)
+    assert rows[:2] == [8, 8 * samples], "samples of a prompt read it together"
+    assert 0 < rows[-1] < rows[1] and sorted(rows[1:], reverse=True) == rows[1:], rows
+    for before, after, prob in zip(
+            whole.tokens.flatten(0, 1).tolist(), cut.tokens.flatten(0, 1).tolist(),
+            cut.probs.flatten(0, 1).tolist()):
+        end = before.index(7) + 1 if 7 in before else 60
+        assert after == before[:end] + [0] * (60 - end)
+        assert min(prob[:end]) > 0 and not any(prob[end:])
+
+
+def test_shapes_of_a_cache_change_every_64_tokens(tiny_config):
+    model, shapes = Pix2Seq(replace(tiny_config, max_seq_len=200)).eval(), []
+    layer = model.decoder.layers[0]
+    layer.self_att.register_forward_hook(lambda _, args, out: shapes.append(args[1].shape[3]))
+    context = model.encode(torch.rand(1, 3, 32, 32))
+    model.generate(context, torch.full((1, 5), 10), 130)
+    assert shapes == [64] * 60 + [128] * 64 + [192] * 6
+
+
 def test_a_suppressed_token_is_shown_as_another_but_read_as_written(tiny_model):
     context, prompt = tiny_model.encode(torch.rand(1, 3, 32, 32)), torch.full((1, 1), 10)
     plain = tiny_model.generate(context, prompt, 20, temperature=0).tokens[0, 0]
@@ -266,6 +295,37 @@ def test_a_network_gives_its_losses_in_place_of_logits(tiny_model):
     images, tokens = torch.rand(2, 3, 32, 32), torch.randint(210, (2, 3, 9))
     losses = tiny_model(images, tokens, tokens.flip(-1), 0.1)
     assert torch.equal(losses, m.token_losses(tiny_model(images, tokens), tokens.flip(-1), 0.1))
+
+
+@pytest.mark.parametrize("known, size, dtype", [
+    ({"amx_bf16": True}, 3e7, torch.bfloat16),
+    ({"avx512_bf16": True, "amx_bf16": False}, 3e7, torch.bfloat16),
+    ({"amx_bf16": True}, 1e7, torch.float32),          # measured: nothing is gained
+    ({"amx_bf16": False}, 3e7, torch.float32),
+])
+def test_a_cpu_computes_large_networks_in_bfloat16_if_it_can(monkeypatch, known, size, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    device, model = m.Device("cpu"), nn.Module()
+    model.table = nn.Parameter(torch.empty(int(size), device="meta"))
+    monkeypatch.setattr(nn.Module, "to", lambda self, *args, **options: self)
+    device.place(model)
+    assert device.dtype == dtype and m.Device("cpu", "float32").place(model) is model
+    chosen = m.Device("cpu", "float32")
+    chosen.place(model)
+    assert chosen.dtype == torch.float32
+
+
+@pytest.mark.parametrize("config", [
+    SIZES["vit_tiny"], train.PRESETS["pan_shapes"].config.model, SMALL_RIN])
+def test_layers_are_compiled_one_by_one_if_asked(monkeypatch, config):
+    compiled, network = [], m.build(config)
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
+    m.Device("cpu", compile="off").compile(network)
+    assert not compiled
+    m.Device("cpu", compile="on").compile(network)
+    layers = [part for part in network.modules() if isinstance(part, m.Layer)]
+    assert {*layers} <= {*compiled} and len(compiled) == len({*compiled})
+    assert all(isinstance(part, (m.Layer, m.UNet)) for part in compiled)
 
 
 def test_sampling_follows_the_softmax():

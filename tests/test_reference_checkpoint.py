@@ -213,6 +213,16 @@ def test_common_rows_are_kept_and_new_ones_stay_new(learned, grows):
         assert torch.equal(ours[name][n:], fresh[name][n:])
 
 
+def test_a_shared_embedding_may_stand_in_a_checkpoint_twice(learned):
+    weights, other = learned[0].state_dict(), Pix2Seq(learned[0].config)
+    weights["decoder.unembed"] = weights["decoder.embed"].clone()      # as older ones have it
+    load_weights(other, weights)
+    assert torch.equal(other.decoder.embed, learned[0].decoder.embed)
+    weights["decoder.unembed"] += 1
+    with pytest.raises(ValueError, match="left over: decoder.unembed"):
+        load_weights(other, weights)
+
+
 def test_image_positions_are_interpolated_on_their_grid(learned):
     source, target = learned
 

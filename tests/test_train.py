@@ -1,5 +1,6 @@
 """The loop: command line, presets, optimisation, runs that are interrupted, checkpoints."""
 import copy
+import importlib.util
 import json
 import os
 import re
@@ -323,6 +324,35 @@ def test_an_interrupted_run_ends_bit_identical_to_an_uninterrupted_one(how, fini
     assert same_weights(folder, finished[0]) and losses(folder) == losses(finished[0])
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("torch_xla") is None, reason="needs requirements-tpu.txt")
+def test_xla_learns_what_the_cpu_learns_and_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setitem(ENVIRONMENT, "PJRT_DEVICE", "CPU")
+    calm = [*SMALL, "--dropout=0", "--drop_path=0", "--pictures=0"]        # no random numbers
+    run("train.py", *calm, f"--out={tmp_path}/cpu", process=True)
+    process = subprocess.Popen(
+        [sys.executable, f"{ROOT}/train.py", *calm, "--device=xla", f"--out={tmp_path}/xla"],
+        stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True)
+    for line in process.stdout:
+        if line.startswith("step       3"):
+            os.killpg(process.pid, signal.SIGKILL)
+            break
+    process.wait()
+    assert load(f"{tmp_path}/xla/last.pt")["step"] == 2
+    done = run("train.py", *calm, "--device=xla", f"--out={tmp_path}/xla", process=True)
+    assert "going on from step 2" in done.stdout and "det: AP" in done.stdout
+    ours, theirs = losses(f"{tmp_path}/xla"), losses(f"{tmp_path}/cpu")
+    assert len(ours) == 6 and ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_an_option_of_sampling_that_no_longer_exists_is_passed_over(finished, tmp_path):
+    content = load(f"{finished[0]}/last.pt")
+    content["config"]["sampling"] |= {"stats_dir": "x", "top_p": 0.3}
+    save(str(tmp_path / "older.pt"), content)
+    _, c = load_model(str(tmp_path / "older.pt"), Device("cpu"))
+    assert c.sampling.top_p == 0.3
+
+
 def test_float16_scales_its_losses_and_goes_on_with_that_scale(tmp_path, monkeypatch):
     for folder in ("whole", "parts"):
         c = small_config(tmp_path / folder, dtype="float16", pictures=0)
@@ -501,13 +531,40 @@ def test_the_speed_of_training_and_of_prediction_is_measured(tmp_path, monkeypat
             return super().blocked_autorange(min_run_time=0.01)
 
     monkeypatch.setattr(train, "Timer", ShortTimer)
-    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, "--bench", f"--out={tmp_path}"])
+    argv = ["train.py", *SMALL, "--bench", "--json", f"--out={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", argv)
     train.main()
     output = capsys.readouterr().out
     units = {"decode": "tokens", "16 objects": "polygons"}
     for part in ("data", "forward", "step", "encode", *units):
         unit = units.get(part, "images")
-        assert re.search(rf"^{part} +\d+\.\d ms +\d+\.\d {unit} per second", output, re.M), output
+        line = rf"^{part} +\d+\.\d ms +\d+\.\d {unit} per second, 0 compilations$"
+        assert re.search(line, output, re.M), output
+    rows = json.loads(output.splitlines()[-1])
+    assert {"data", "step", "matmul", "encode", *units} <= set(rows)
+    assert all(row["ms"] > 0 and row["per_second"] > 0 for row in rows.values())
+    assert re.search(r"step: \d+ GFLOPS, \d+% of a large product's; peak memory \d", output)
+
+
+def test_a_checkout_is_measured_beside_another(tmp_path, monkeypatch, capsys):
+    commands = []
+
+    def run(command, **options):
+        commands.append(command)
+        n = len(commands)
+        ms = 30.0 + n if n % 2 else 10.0 + n           # the other one comes first
+        text = f"8 images per step\nstep  {ms} ms  1.0 images per second\n"
+        return subprocess.CompletedProcess(command, 0, text + ("new 3.0 ms\n" if n % 2 else ""))
+
+    monkeypatch.setattr(train.subprocess, "run", run)
+    argv = ["train.py", "det_shapes", "--bench", f"--against={tmp_path}", "--batch_size=8"]
+    monkeypatch.setattr(sys, "argv", argv)
+    train.main()
+    assert [command[1] for command in commands] == [f"{tmp_path}/train.py", train.__file__] * 3
+    assert {*map(tuple, (command[2:] for command in commands))} == {
+        ("det_shapes", "--bench", "--batch_size=8")}
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[1:] == [["step", "33.0", "14.0", "2.36"]]
 
 
 # --------------------------------------------------------------------------------------------------
