@@ -1924,7 +1924,10 @@ class Device:
     def compile(self, model):
         """Each layer by itself: those of a kind share their code, and DDP can sum the gradients of
         one while those of others are computed."""
-        for part in model.modules() if self.compiled else ():
+        if not self.compiled:
+            return
+        torch._dynamo.config.cache_size_limit = 64      # graphs of a class: train, predict, sizes
+        for part in model.modules():
             if isinstance(part, (Layer, ResNet, UNet)):
                 part.compile()
 
