@@ -1862,7 +1862,6 @@ class Device:
         self.cuda = self.type == "cuda"
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if self.type == "xla":
-            os.environ["XLA_NO_SPECIAL_SCALARS"] = "1"  # else a rate of 0 or 1 is another graph
             import torch_xla
             from torch_xla import runtime
             self.device = torch_xla.device()
