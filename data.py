@@ -1243,7 +1243,7 @@ def to_rgb(image):
 
 
 class Packed:
-    """A list of dicts, pickled one behind the other. As objects they would take ten times the
+    """A list of dicts, pickled one behind the other. As objects they would take several times the
     memory, and every worker that looks at one would copy it."""
 
     def __init__(self):

@@ -403,13 +403,13 @@ class Pix2Seq(nn.Module):
         rows = torch.arange(S, device=device)           # the sequences that have not ended
         draw = partial(sample_token, temperature=temperature, top_k=top_k, top_p=top_p)
         for t in range(length):
-            for layer in caches:                        # attention masks what is to come
-                layer.room = 64 * math.ceil((P + t) / 64)
-            x = self.decoder(new, context, caches, at)[:, -1]               # (S, D)
+            for cache in caches:                        # attention masks what is to come
+                cache.room = 64 * math.ceil((P + t) / 64)
+            x = self.decoder(new, context, caches, at)[:, -1]
             if t == 0:                                  # samples of a prompt part here
-                x = x[rows // samples]
-                for layer in caches:
-                    layer.select(rows // samples)
+                x = x[rows // samples]                  # (S, D)
+                for cache in caches:
+                    cache.select(rows // samples)
             logits = self.decoder.scores(x).float()     # (S, V)
             uniform = torch.rand(2, S, generator=generator, device=device)[:, rows]
             token = shown = draw(logits, uniform[0])    # (S,)
@@ -431,8 +431,8 @@ class Pix2Seq(nn.Module):
                     kept = ended.sort(dim=1, stable=True).indices[:, :most]     # of an image's G
                     kept = (kept + G * torch.arange(B, device=device)[:, None]).flatten()
                     rows, new = rows[kept], new[kept]
-                    for layer in caches:
-                        layer.select(kept)
+                    for cache in caches:
+                        cache.select(kept)
         if end is not None:
             after = (tokens == end).cumsum(1).cumsum(1) > 1
             tokens, probs = tokens.masked_fill(after, 0), probs.masked_fill(after, 0.0)
@@ -1293,16 +1293,16 @@ def image_tokens(pixels, c):
     """uint8 (B, C, H, W) -> int64 (B, G, N): a group per patch, those of every other row from right
     to left, so that each lies beside the last; in it pixels row by row, of each its colours."""
     levels = pixels.long() * c.levels // 256
-    return boustrophedon(to_patches(levels, c.group_shape), c)
+    return serpentine(to_patches(levels, c.group_shape), c)
 
 
 def token_image(tokens, c):
     """The inverse of `image_tokens`, up to what levels cannot tell apart."""
-    middles = boustrophedon(((2 * tokens + 1) * 128 // c.levels).byte(), c)
+    middles = serpentine(((2 * tokens + 1) * 128 // c.levels).byte(), c)
     return from_patches(middles, c.group_shape, (len(tokens), *c.sample_shape))
 
 
-def boustrophedon(groups, c):
+def serpentine(groups, c):
     """Groups (B, G, N) of an image, row by row, with every other row turned."""
     rows = groups.unflatten(1, (-1, c.sample_size[1] // c.group_shape[2])).clone()
     rows[:, 1::2] = rows[:, 1::2].flip(2)
@@ -1828,7 +1828,7 @@ def print_sizes():
 
 
 # --------------------------------------------------------------------------------------------------
-# hardware: all that differs between cpu, cuda and mps, one process and several
+# hardware: all that differs between cpu, cuda, mps and xla, one process and several
 
 class Device:
     """The hardware of this process, one of `world` that torchrun or `launch` started, or the only
@@ -1876,8 +1876,8 @@ class Device:
             self.name = torch.cuda.get_device_name()
         if "RANK" in os.environ:                        # torchrun started this process
             dist.init_process_group("nccl" if self.cuda else "gloo")
-        known = getattr(torch.cpu, "get_capabilities", dict)()              # torch 2.11
-        self.waits = dtype == "auto" and self.type == "cpu" and (           # for the network
+        known = getattr(torch.cpu, "get_capabilities", dict)()      # torch 2.9 does not say
+        self.dtype_by_size = dtype == "auto" and self.type == "cpu" and (
             known.get("amx_bf16") or known.get("avx512_bf16"))
         if dtype == "auto":
             native = self.cuda and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -1896,7 +1896,7 @@ class Device:
     def place(self, model):
         """The model, on this device."""
         model.to(self.device)
-        if self.waits and count_parameters(model) > 2e7:           # small ones gain nothing
+        if self.dtype_by_size and count_parameters(model) > 2e7:    # ViT-B was seen to gain
             self.dtype = torch.bfloat16
         if self.cuda:
             model.to(memory_format=torch.channels_last)
@@ -1913,8 +1913,8 @@ class Device:
         return model
 
     def host(self, model):
-        """The model and the device that predict while training: XLA compiles each shape that it
-        sees, too long for decoding, so that runs on the CPU."""
+        """The model and the device that predict while training: for XLA the CPU, as decoding has
+        many shapes and XLA compiles each."""
         if self.type != "xla":
             return model, self
         device = Device("cpu")
@@ -2096,10 +2096,9 @@ def load_weights(model, weights, names=None):
     """Fills a model with {our name: tensor}. ValueError, and nothing is changed, if any is missing,
     left over or of another shape, naming each: as `names`, {our name: name to report}, has it."""
     names, ours = names or {}, model.state_dict()
-    weights = {name: w for name, w in weights.items() if not name.endswith("num_batches_tracked")}
-    wanted = {name for name, _ in model.named_parameters()}             # a shared one once
-    wanted |= {name for name in ours if ".running_" in name}
-    for name in [name for name in weights if name.endswith("unembed") and name not in wanted]:
+    weights = dict(weights)
+    wanted = {name for name in ours if not name.endswith("num_batches_tracked")}
+    for name in [name for name in weights if name.endswith("unembed") and name not in ours]:
         twin = weights.get(name.replace("unembed", "embed"), weights[name][:0])
         if torch.equal(weights[name], twin):            # older checkpoints have a shared one twice
             del weights[name]
@@ -2108,7 +2107,7 @@ def load_weights(model, weights, names=None):
         theirs = names.get(name, name)
         if name not in weights:
             problems.append(f"missing: {name} (shape {tuple(ours[name].shape)})")
-        elif name not in wanted:
+        elif name not in ours:
             problems.append(f"left over: {theirs}")
         elif weights[name].shape != ours[name].shape:
             problems.append(
@@ -2119,8 +2118,8 @@ def load_weights(model, weights, names=None):
         shown = "\n  ".join(problems[:20])
         raise ValueError(f"these weights do not fit the model:\n  {shown}{more}")
     with torch.no_grad():
-        for name in wanted:
-            ours[name].copy_(weights[name])
+        for name, w in weights.items():
+            ours[name].copy_(w)
 
 
 @torch.no_grad()

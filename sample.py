@@ -478,7 +478,10 @@ def find_checkpoint(path=None):
 
 
 def load_model(path, device):
-    """A checkpoint file -> the network on the device, ready to predict, and its Config."""
+    """A checkpoint file -> the network on the device, ready to predict, and its Config. ValueError
+    for xla, which trains only."""
+    if device.type == "xla":
+        raise ValueError("--device=xla is for training: predict with cpu or cuda")
     content = load(path)
     saved = content["config"]
     c = Config(

@@ -345,6 +345,11 @@ def test_xla_learns_what_the_cpu_learns_and_goes_on(tmp_path, monkeypatch):
     assert len(ours) == 6 and ours == pytest.approx(theirs, rel=1e-5)
 
 
+def test_xla_does_not_predict(finished):
+    with pytest.raises(ValueError, match="--device=xla is for training"):
+        load_model(f"{finished[0]}/last.pt", SimpleNamespace(type="xla"))
+
+
 def test_an_option_of_sampling_that_no_longer_exists_is_passed_over(finished, tmp_path):
     content = load(f"{finished[0]}/last.pt")
     content["config"]["sampling"] |= {"stats_dir": "x", "top_p": 0.3}
@@ -546,7 +551,9 @@ def test_the_speed_of_training_and_of_prediction_is_measured(tmp_path, monkeypat
     assert re.search(r"step: \d+ GFLOPS, \d+% of a large product's; peak memory \d", output)
 
 
-def test_a_checkout_is_measured_beside_another(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("form", [
+    ["--bench", "--against={}", "--batch_size=8"], ["--against", "{}", "--batch_size=8", "--json"]])
+def test_a_checkout_is_measured_beside_another(form, tmp_path, monkeypatch, capsys):
     commands = []
 
     def run(command, **options):
@@ -557,14 +564,18 @@ def test_a_checkout_is_measured_beside_another(tmp_path, monkeypatch, capsys):
         return subprocess.CompletedProcess(command, 0, text + ("new 3.0 ms\n" if n % 2 else ""))
 
     monkeypatch.setattr(train.subprocess, "run", run)
-    argv = ["train.py", "det_shapes", "--bench", f"--against={tmp_path}", "--batch_size=8"]
+    argv = ["train.py", "det_shapes", *(text.format(tmp_path) for text in form)]
     monkeypatch.setattr(sys, "argv", argv)
     train.main()
     assert [command[1] for command in commands] == [f"{tmp_path}/train.py", train.__file__] * 3
     assert {*map(tuple, (command[2:] for command in commands))} == {
-        ("det_shapes", "--bench", "--batch_size=8")}
+        ("det_shapes", "--batch_size=8", "--bench")}
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert rows[1:] == [["step", "33.0", "14.0", "2.36"]]
+    monkeypatch.setattr(
+        train.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 2, ""))
+    with pytest.raises(SystemExit, match=f"{tmp_path}/train.py: --bench failed, exit code 2"):
+        train.main()
 
 
 # --------------------------------------------------------------------------------------------------
