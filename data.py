@@ -10,10 +10,10 @@ on the device.
 Left out: downloads, every path is the user's; video files, a video is a folder of its frames;
 random crops in generation.
 
-    python data.py --sheet shapes.png                   # a look at the synthetic shapes
-    python data.py --export DIR --count 1000            # write them as a COCO dataset
+    python data.py --export DIR --count 1000            # write the synthetic shapes as COCO's files
 """
 import argparse
+import contextlib
 import glob
 import gzip
 import itertools
@@ -21,34 +21,34 @@ import json
 import math
 import os
 import pickle
+import reprlib
 import signal
-import warnings
 import zlib
 from array import array
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
-from typing import NamedTuple
+from os.path import exists, isdir, isfile, relpath, splitext
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.random import default_rng
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 import tokenizer
+from tokenizer import Count, Fraction, Natural, NotNegative, Positive, UserError, between, frozen
 
 PAD_VALUE = 0.3                                        # grey of the padding, as in the reference
 
 
-class DataError(ValueError):
-    """Something is wrong with the user's data; the message names the file and what was expected."""
-
-
-@dataclass(frozen=True)
+@frozen
 class DataConfig:
     """Where data come from, and how they become examples."""
-    tasks: tuple[str, ...] = ("det",)   # what to learn: some of det,seg,kpt,cap; or gen; or ar
-    data: str = "shapes"                # shapes, coco; gen: shapes, mnist, cifar10, images, videos
-    data_dir: str = ""                  # coco: train2017/, val2017/, annotations/; gen: the files
+    tasks: tuple[str, ...] = ("det",)   # what to learn: some of det, seg, kpt, cap; or one other
+    data: str = "shapes"                # where from: shapes, coco and so on (see data.SOURCES)
+    data_dir: str = ""                  # files: their folder, as train2017/, annotations/ of coco
     train_json: str = ""                # coco: instances for training, if not in data_dir
     train_keypoints: str = ""           # coco: the same for kpt
     train_captions: str = ""            # coco: the same for cap
@@ -59,34 +59,34 @@ class DataConfig:
     val_captions: str = ""              # coco: the same for cap
     val_masks: str = ""                 # coco: the PNGs of pan
     val_images: str = ""                # coco: their images
-    bad_boxes: str = "error"            # coco: empty boxes, or outside their image: error or drop
-    max_shapes: int = 4                 # shapes: most shapes in a scene
-    data_seed: int = 0                  # shapes: dataset seed
-    val_count: int = 500                # shapes: held-out scenes, of val and of test
-    max_objects: int = 100              # det: most objects in a sequence, noise boxes counted
-    scale_min: float = 0.3              # det, cap: scale jitter, smallest image / canvas
-    scale_max: float = 2.0              # det, cap: scale jitter, largest
-    flip: bool = True                   # det, seg, gen, pan, vps: mirror half of the images
+    bad_boxes: Literal["error", "drop"] = "error"       # coco: on boxes outside of their image
+    max_shapes: Count = 4               # shapes: most shapes in a scene
+    data_seed: Natural = 0              # shapes: dataset seed
+    val_count: Count = 500              # shapes: held-out scenes, of val and of test
+    max_objects: Count = 100            # det: most objects in a sequence, noise boxes counted
+    scale_min: Positive = 0.3           # det, cap, pan, vps: scale jitter, smallest image / canvas
+    scale_max: Positive = 2.0           # det, cap, pan, vps: scale jitter, largest
+    flip: bool = True                   # det, seg, gen, ar, pan, vps: mirror half of the images
     noise_boxes: bool = True            # det: fill sequences up with noise boxes
-    noise_weight: float = 1.0           # det: loss weight of the class of a noise box
-    pad_weight: float = 0.1             # det: loss weight of padding, of ending the sequence
-    max_instances: int = 10             # seg: objects to learn from an image
-    max_segments: int = 100             # pan, vps: ids of instances, 0 for none included
+    noise_weight: NotNegative = 1.0     # det: loss weight of the class of a noise box
+    pad_weight: NotNegative = 0.1       # det: loss weight of padding, of ending the sequence
+    max_instances: Count = 10           # seg: objects to learn from an image
+    max_segments: between(2) = 100      # pan, vps: ids of instances, 0 for none included
     random_ids: bool = True             # pan, vps: number instances anew each time they are seen
-    clip_frames: int = 16               # vps, shapes: frames of a clip
-    past_drop: float = 0.2              # vps: probability that an earlier frame's map is hidden
-    max_points: int = 128               # seg: points of an object's polygons
-    instance_scale_min: float = 0.3     # seg, kpt: scale jitter, smallest
-    instance_scale_max: float = 1.0     # seg, kpt: scale jitter, largest
-    crop_margin: float = 0.5            # kpt: the crop is the box and this times its size around it
-    invisible_weight: float = 0.1       # kpt: loss weight of an invisible keypoint
-    captions_per_image: int = 5         # cap: captions to learn from an image
-    caption_length: int = 128           # cap: most pieces of a caption
-    caption_drop: float = 0.5           # cap: probability that an input token is hidden
-    caption_pad_weight: float = 1.0     # cap: loss weight of padding
+    clip_frames: Count = 16             # vps, shapes: frames of a clip
+    past_drop: Fraction = 0.2           # vps: probability that an earlier frame's map is hidden
+    max_points: Count = 128             # seg: points of an object's polygons
+    instance_scale_min: Positive = 0.3  # seg, kpt: scale jitter, smallest
+    instance_scale_max: Positive = 1.0  # seg, kpt: scale jitter, largest
+    crop_margin: NotNegative = 0.5      # kpt: the crop is the box and this times its size around it
+    invisible_weight: NotNegative = 0.1     # kpt: loss weight of an invisible keypoint
+    captions_per_image: Count = 5       # cap: captions to learn from an image
+    caption_length: Count = 128         # cap: most pieces of a caption
+    caption_drop: Fraction = 0.5        # cap: probability that an input token is hidden
+    caption_pad_weight: NotNegative = 1.0   # cap: loss weight of padding
     caption_flip: bool = True           # cap: mirror half of the images, which makes left right
-    color_jitter: float = 0.5           # cap: strength of the colour distortion
-    image_channels: int = 3             # gen: colours of an image, 1 or 3
+    color_jitter: NotNegative = 0.5     # cap, pan, vps: strength of the colour distortion
+    image_channels: Literal[1, 3] = 3   # gen, ar: colours of an image
 
 
 class Batch(NamedTuple):
@@ -184,21 +184,14 @@ def train_view(region, canvas, rng, scale_min, scale_max, flip):
     shown = np.minimum(canvas, scaled - offset)
     start = origin + offset * size / scaled
     end = origin + (offset + shown) * size / scaled
-    mirrored = flip and rng.random() < 0.5
-    return View(*start, *end, *shown.tolist(), canvas, mirrored)
-
-
-def jittered(image, c, rng, flip):
-    """A `train_view` of a whole image, as det, cap, pan and vps learn from it."""
-    d = c.data
-    return train_view(whole(image), c.model.image_size, rng, d.scale_min, d.scale_max, flip)
+    return View(*start, *end, *shown.tolist(), canvas, flip and rng.random() < 0.5)
 
 
 def view_boxes(view, boxes):
     """(N, 4) yxyx pixels -> (N, 4) yxyx fractions of the view's rectangle, clipped to it; empty if
     outside."""
     corners = view.to_view(boxes.reshape(-1, 2, 2))
-    return np.hstack([corners.min(1), corners.max(1)]).clip(0, 1)
+    return np.sort(corners, 1).reshape(-1, 4).clip(0, 1)           # a mirror swaps left and right
 
 
 def pad_objects(view, boxes, labels, count):
@@ -218,11 +211,9 @@ def det_example(record, c, rng):
     """Record -> image (H, W, 3) uint8, size (2,) of its unpadded part, boxes (max_objects, 4)
     fractions of the canvas, labels (max_objects,), corrupt (max_objects, 2) random numbers."""
     d, image = c.data, record["image"]
-    view = jittered(image, c, rng, d.flip)
-    boxes = view_boxes(view, record["boxes"])
-    usable = visible(boxes) & ~record["iscrowd"]
-    order = rng.permutation(np.flatnonzero(usable))[:d.max_objects]
-    boxes, labels = boxes[order], record["labels"][order]
+    view = train_view(whole(image), c.model.image_size, rng, d.scale_min, d.scale_max, d.flip)
+    order, boxes = shown_objects(view, record, d.max_objects, rng)
+    labels = record["labels"][order]
     missing = d.max_objects - len(order)
     if d.noise_boxes and missing:
         boxes = np.concatenate([boxes, noise_boxes(boxes, missing, rng)])
@@ -238,30 +229,32 @@ def pixels_of(view, image):
         "size": np.array([view.height, view.width])}
 
 
-def visible(boxes):
-    return (boxes[:, 2:] > boxes[:, :2]).all(-1)
+def shown_objects(view, record, most, rng, usable=True):
+    """Numbers, in random order, of at most `most` objects of which the view shows something and
+    which are no crowds; and their boxes, fractions of the view."""
+    boxes = view_boxes(view, record["boxes"])
+    shown = (boxes[:, 2:] > boxes[:, :2]).all(-1)
+    order = rng.permutation(np.flatnonzero(shown & ~record["iscrowd"] & usable))[:most]
+    return order, boxes[order]
 
 
 def noise_boxes(boxes, count, rng):
     """`count` boxes that look like objects and are none (2109.10852, section 2.4): near-copies of
     real boxes, real boxes elsewhere, random boxes. boxes: (N, 4) yxyx fractions of the view."""
-    def around(centers, sizes):
-        return np.hstack([centers - sizes / 2, centers + sizes / 2])
+    def sizes_of(boxes):
+        return boxes[:, 2:] - boxes[:, :2]
 
     copies = rng.integers(count + 1) if len(boxes) else 0
     others = count - copies
     repeats = count // max(len(boxes), 1) + 1
     pool = np.tile(boxes, (repeats, 1))
     near = rng.permutation(pool)[:copies]
-    sizes = near[:, 2:] - near[:, :2]
-    near = near + truncated_normal(rng, near.shape, 0.05) * np.tile(sizes, 2)
-    moved = rng.permutation(pool)[:others]
-    sizes = moved[:, 2:] - moved[:, :2]
-    moved = around(rng.random(sizes.shape), sizes)
-    centers = rng.random((others, 2))
-    sizes = np.abs(truncated_normal(rng, centers.shape, 0.5))
-    drawn = around(centers, sizes)
-    far = rng.permutation(np.concatenate([moved, drawn]))[:others]
+    near = near + truncated_normal(rng, near.shape, 0.05) * np.tile(sizes_of(near), 2)
+    moved = sizes_of(rng.permutation(pool)[:others])
+    centers = rng.random((len(moved) + others, 2))
+    drawn = np.abs(truncated_normal(rng, (others, 2), 0.5))
+    halves = np.concatenate([moved, drawn]) / 2
+    far = rng.permutation(np.hstack([centers - halves, centers + halves]))[:others]
     return rng.permutation(np.concatenate([near, far])).clip(0, 1)
 
 
@@ -273,31 +266,30 @@ def det_batch(x, c):
 
 
 def collate(task, c):
-    """A task's function of examples -> Batch. (A partial, so that workers can be sent it.)"""
-    return partial(collate_examples, task, c)
+    """A task's function of examples -> Batch."""
+    def join(examples):
+        x = {}                                         # arrays are stacked, lists listed
+        for key, value in examples[0].items():
+            values = [example[key] for example in examples]
+            x[key] = values if isinstance(value, list) else torch.from_numpy(np.stack(values))
+        batch = Batch(**COLLATE[task](x, c)._asdict())
+        skipped = tuple(sum(x.get("skipped", ()), []))
+        return batch._replace(images=x.get("image"), sizes=x.get("size"), skipped=skipped)
+
+    return join
 
 
 def collate_parts(c, parts):
     """Items of Streams, of one task -> it and its Batch."""
     (task, *_), examples = zip(*parts)
-    return task, collate_examples(task, c, examples)
-
-
-def collate_examples(task, c, examples):
-    x = {}                                             # arrays are stacked, lists listed
-    for key, value in examples[0].items():
-        values = [example[key] for example in examples]
-        x[key] = values if isinstance(value, list) else torch.from_numpy(np.stack(values))
-    skipped = tuple(itertools.chain(*x.pop("skipped", ())))
-    batch = Batch(**COLLATE[task](x, c)._asdict())
-    return batch._replace(images=x.get("image"), sizes=x.get("size"), skipped=skipped)
+    return task, collate(task, c)(examples)
 
 
 # --------------------------------------------------------------------------------------------------
 # streams: which example comes when
 
 @dataclass
-class TrainStream(Dataset):
+class TrainStream:
     """Example number p of an endless, shuffled stream of one task's. An unreadable image is
     replaced by the next one."""
     source: "Source"
@@ -307,8 +299,8 @@ class TrainStream(Dataset):
 
     def __post_init__(self):
         self.count = self.source.count(self.task)
-        if self.count == 0:
-            raise DataError(f"the training data has nothing to learn {self.task} from")
+        if not self.count:
+            raise UserError(f"the training data has nothing to learn {self.task} from")
 
     def index(self, p):
         """Which of the source's training examples is number p of the stream: each once an epoch."""
@@ -322,17 +314,17 @@ class TrainStream(Dataset):
         for i in range(first, first + self.count):
             try:
                 record = self.source.record(self.task, i % self.count)
-            except DataError as e:
+            except UserError as e:
                 skipped.append(str(e))
                 continue
-            rng = np.random.default_rng([self.seed, list(EXAMPLES).index(self.task), p])
+            rng = default_rng([self.seed, list(EXAMPLES).index(self.task), p])
             return EXAMPLES[self.task](record, self.c, rng) | {"skipped": skipped}
-        raise DataError(
+        raise UserError(
             f"none of the {self.count} training images can be read, the last: {skipped[-1]}")
 
 
 @dataclass
-class Streams(Dataset):
+class Streams:
     """TrainStreams by task: item (task, p) is the task and its example number p."""
     streams: dict
 
@@ -383,7 +375,7 @@ def make_loader(dataset, batch_sampler, collate_fn, workers, pin=False):
 @lru_cache(maxsize=8)
 def shuffled(count, seed, epoch):
     """The order of an epoch."""
-    return np.random.default_rng([seed, epoch]).permutation(count)
+    return default_rng([seed, epoch]).permutation(count)
 
 
 def truncated_normal(rng, shape, std):
@@ -403,7 +395,7 @@ def ignore_interrupts(worker):
 # what a model is evaluated on
 
 @dataclass
-class EvalSet(Dataset):
+class EvalSet:
     """Record i of a source; of an unreadable image only the message, a str."""
     source: "Source"
 
@@ -413,7 +405,7 @@ class EvalSet(Dataset):
     def __getitem__(self, i):
         try:
             return self.source[i]
-        except DataError as e:
+        except UserError as e:
             return str(e)
 
 
@@ -434,23 +426,24 @@ def seg_example(record, c, rng):
     d, image = c.data, record["image"]
     view = train_view(
         whole(image), c.model.image_size, rng, d.instance_scale_min, d.instance_scale_max, d.flip)
-    boxes = view_boxes(view, record["boxes"])
     has_polygons = np.array(list(map(bool, record["polygons"])), bool)
-    usable = visible(boxes) & ~record["iscrowd"] & has_polygons
-    order = rng.permutation(np.flatnonzero(usable))[:d.max_instances]
-    objects = pad_objects(view, boxes[order], record["labels"][order], d.max_instances)
+    order, boxes = shown_objects(view, record, d.max_instances, rng, has_polygons)
+    objects = pad_objects(view, boxes, record["labels"][order], d.max_instances)
     polygons = [record["polygons"][i] for i in order]
     points = polygon_points(view, polygons, d.max_instances, d.max_points)
     return pixels_of(view, image) | objects | {"points": points}
 
 
-def seg_batch(x, c):
+def instance_batch(prompt, pad_weight, x, c):
     return tokenizer.encode_instances(
-        tokenizer.PROMPT_SEG,
+        prompt,
         x["boxes"],
         x["labels"],
         x["points"],
-        c.vocab)
+        c.vocab,
+        x.get("mask"),
+        c.data.invisible_weight,
+        pad_weight)
 
 
 def polygon_points(view, objects, count, most):
@@ -496,26 +489,14 @@ def kpt_example(record, c, rng):
     bool: the fraction of the points that is hidden is drawn for every example (in the reference for
     every batch). The record says which of its objects it is about."""
     d, image, n = c.data, record["image"], record["person"]
-    region = around_box(image, record["boxes"][n], d.crop_margin)
+    box = record["boxes"][n]
     view = train_view(
-        region, c.model.image_size, rng, d.instance_scale_min, d.instance_scale_max, flip=False)
-    box = view_boxes(view, record["boxes"][[n]])
+        around_box(image, box, d.crop_margin), c.model.image_size, rng,
+        d.instance_scale_min, d.instance_scale_max, flip=False)
     points = keypoint_points(view, record["keypoints"][n])[None]
     mask = rng.random(points.shape) < rng.random()
-    objects = pad_objects(view, box, record["labels"][[n]], 1)
+    objects = pad_objects(view, view_boxes(view, box), record["labels"][[n]], 1)
     return pixels_of(view, image) | objects | {"points": points, "mask": mask}
-
-
-def kpt_batch(x, c):
-    return tokenizer.encode_instances(
-        tokenizer.PROMPT_KPT,
-        x["boxes"],
-        x["labels"],
-        x["points"],
-        c.vocab,
-        x["mask"],
-        c.data.invisible_weight,
-        pad_weight=0.0)
 
 
 def around_box(image, box, margin):
@@ -523,15 +504,14 @@ def around_box(image, box, margin):
     the image."""
     size = np.tile(box[2:] - box[:2], 2)
     box = box + size * (-margin, -margin, margin, margin)
-    return tuple(box.clip(0, whole(image)[2:] * 2).tolist())
+    return box.clip(0, whole(image)[2:] * 2)
 
 
 def keypoint_points(view, keypoints):
     """(K, 3) yxv pixels -> (2 K,) float32 fractions of the canvas; INVISIBLE_POINT where unlabelled
     or outside of the view."""
     points = view.to_view(keypoints[:, :2])
-    inside = ((points > 0) & (points < 1)).all(-1)
-    shown = inside & (keypoints[:, 2] > 0)
+    shown = ((points > 0) & (points < 1)).all(-1) & (keypoints[:, 2] > 0)
     points = view.to_canvas(points)
     points[~shown] = tokenizer.INVISIBLE_POINT
     return points.astype(np.float32).ravel()
@@ -539,14 +519,12 @@ def keypoint_points(view, keypoints):
 
 def cap_example(record, c, rng):
     """image, size, captions: captions_per_image str, drop (captions_per_image, caption_length)."""
-    d, image = c.data, record["image"]
-    if d.color_jitter:
-        image = jitter_colors(image, d.color_jitter, rng)
-    view = jittered(image, c, rng, d.caption_flip)
+    d, image = c.data, jitter_colors(record["image"], c.data.color_jitter, rng)
+    view = train_view(
+        whole(image), c.model.image_size, rng, d.scale_min, d.scale_max, d.caption_flip)
     texts, count = record["captions"] or [""], d.captions_per_image
-    rounds = -(-count // len(texts))
-    order = rng.permutation(len(texts) * rounds)[:count]
-    chosen = [texts[i % len(texts)] for i in order]
+    texts = texts * -(-count // len(texts))
+    chosen = [texts[i] for i in rng.permutation(len(texts))[:count]]
     drop = rng.random((count, d.caption_length), np.float32)
     return pixels_of(view, image) | {"captions": chosen, "drop": drop}
 
@@ -554,7 +532,7 @@ def cap_example(record, c, rng):
 def cap_batch(x, c):
     d, drop = c.data, x["drop"]                        # (B, captions, length)
     tokens = tokenizer.encode_captions(
-        list(itertools.chain(*x["captions"])),
+        sum(x["captions"], []),
         c.vocab,
         d.caption_length,
         drop.flatten(0, 1),
@@ -566,28 +544,29 @@ def cap_batch(x, c):
 def jitter_colors(image, strength, rng):
     """PIL RGB -> the same with brightness, contrast, saturation and hue changed at random, four
     times in five, and grey one time in five (SimCLR's distortion, arXiv 2002.05709, appendix A)."""
+    if not strength:
+        return image
     low, high = max(0, 1 - 0.8 * strength), 1 + 0.8 * strength
     kinds = ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color
     for change in rng.permutation(4) if rng.random() < 0.8 else ():
         if change < 3:
             image = kinds[change](image).enhance(rng.uniform(low, high))
         else:
-            hue, saturation, value = image.convert("HSV").split()
-            turn = int(rng.uniform(-0.2, 0.2) * strength * 256)
-            hue = hue.point(lambda h: (h + turn) % 256)
-            image = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+            turn, levels = int(rng.uniform(-0.2, 0.2) * strength * 256), list(range(256))
+            hue = [(level + turn) % 256 for level in levels]
+            image = image.convert("HSV").point(hue + 2 * levels).convert("RGB")
     return image.convert("L").convert("RGB") if rng.random() < 0.2 else image
 
 
 def gen_example(record, c, rng):
     """pixels (frames, H, W, C) uint8, context frames first, of an image one frame, and label int64.
-    DataError if they are not of the size that the model takes."""
-    pixels, channels = record["pixels"], c.data.image_channels
+    UserError if they are not of the size that the model takes."""
+    pixels, shape = record["pixels"], clip_shape(c)
     if pixels.ndim == 3:
         pixels = pixels[None]
-    expected = *clip_shape(c), channels
-    if pixels.shape[:3] != expected[:3] or pixels.shape[3] not in (1, channels):
-        raise DataError(
+    expected = *shape, c.data.image_channels
+    if pixels.shape not in (expected, (*shape, 1)):
+        raise UserError(
             f"the data is {pixels.shape} (frames, height, width, channels), but sample_size, "
             f"image_channels and frames ask for {expected}")
     if c.data.flip and rng.random() < 0.5:
@@ -599,28 +578,27 @@ def gen_example(record, c, rng):
 def gen_batch(x, c):
     """What is to be generated, and the context frames before it."""
     pixels, first = x["pixels"].movedim(-1, 1), c.model.cond_frames            # (B, C, T, H, W)
+    B, C = pixels.shape[:2]
+    context, targets = pixels.tensor_split([first], 2)
+    targets = targets.reshape(B, C, *c.model.sample_shape[1:])                 # an image: no T
     cond = {"labels": x["label"]}
     if first:
-        cond["frames"] = pixels[:, :, :first].contiguous()
-    B, C = pixels.shape[:2]
-    targets = pixels[:, :, first:].reshape(B, C, *c.model.sample_shape[1:])    # an image: no T
+        cond["frames"] = context.contiguous()
     return Batch(targets.contiguous(), torch.ones(B), cond=cond)
 
 
 def clip_shape(c):
     """(frames, height, width) of an example of generation, context frames counted."""
-    _, *frames, height, width = c.model.sample_shape
-    return sum(frames or [1]) + c.model.cond_frames, height, width
+    return c.model.frames + c.model.cond_frames, *c.model.sample_size
 
 
 def map_example(record, c, rng):
     """Of the last of the record's frames: image (H, W, 3), size (2,), map (2, h, w) and known
     (h, w), see `id_maps`. Of those before it, the oldest first: past (2 P, h, w), zero where one is
     missing or was dropped."""
-    d, image, past_frames = c.data, record["images"][-1], c.model.past_frames
-    if d.color_jitter:
-        image = jitter_colors(image, d.color_jitter, rng)
-    view = jittered(image, c, rng, d.flip)
+    d, past_frames = c.data, c.model.past_frames
+    image = jitter_colors(record["images"][-1], d.color_jitter, rng)
+    view = train_view(whole(image), c.model.image_size, rng, d.scale_min, d.scale_max, d.flip)
     maps = id_maps(record, view, c, rng)
     past = np.zeros((past_frames, *maps[0, :2].shape), np.uint8)
     for n, frame in enumerate(maps[-2::-1, :2][:past_frames], 1):
@@ -636,15 +614,16 @@ def id_maps(record, view, c, rng):
     is known what is right, uint8 (T, 3, h, w): not where there is no class, a crowd, or an instance
     too many. Ids are random, those of stuff, too, and the same in all frames (2210.06366); without
     random_ids always the same."""
-    most, rng = c.data.max_segments - 1, rng if c.data.random_ids else np.random.default_rng(0)
-    view, frames = on_canvas(view, c.model.sample_size), map(Image.fromarray, record["maps"])
-    numbers = np.stack([view.image(frame, Image.NEAREST) for frame in frames])
+    rng = rng if c.data.random_ids else default_rng(0)
+    view = on_canvas(view, c.model.sample_size)
+    numbers = np.stack([
+        view.image(Image.fromarray(frame), Image.NEAREST) for frame in record["maps"]])
     present, places = np.unique(numbers, return_inverse=True)
-    rows = [record["segments"].get(number, {"category_id": 0}) for number in present.tolist()]
-    labelled = np.flatnonzero([row["category_id"] for row in rows])
-    chosen = rng.permutation(labelled)[:most]
+    rows = [record["segments"].get(number, {"category_id": 0}) for number in present]
+    labelled = rng.permutation(np.flatnonzero([row["category_id"] for row in rows]))
+    ids = rng.permutation(c.data.max_segments - 1) + 1
     table = np.zeros((len(rows), 3), np.uint8)
-    for n, instance in zip(chosen, rng.permutation(most) + 1):
+    for n, instance in zip(labelled, ids):
         table[n] = rows[n]["category_id"], instance, not rows[n].get("iscrowd")
     return np.moveaxis(table[places.reshape(numbers.shape)], -1, 1)
 
@@ -677,8 +656,8 @@ EXAMPLES = {
 }
 COLLATE = {                            # (stacked examples, c) -> Tokens, or a Batch without images
     "det": det_batch,
-    "seg": seg_batch,
-    "kpt": kpt_batch,
+    "seg": partial(instance_batch, tokenizer.PROMPT_SEG, 1.0),
+    "kpt": partial(instance_batch, tokenizer.PROMPT_KPT, 0.0),
     "cap": cap_batch,
     "gen": gen_batch,
     "ar": gen_batch,
@@ -693,27 +672,30 @@ PER_PERSON = {"kpt"}                                   # one example per person,
 
 def make_source(c, split, task="det"):
     """The records of a configuration. split: train, val (which chooses recipes) or test (which
-    reports, if the data have it). DataError if it cannot be."""
-    check_split(split)
+    reports, if the data have it). UserError if it cannot be."""
     choices = SOURCES[task]
     if c.data.data not in choices:
-        raise DataError(
+        raise UserError(
             f"data is {c.data.data!r}, expected one of {', '.join(choices)} for the task {task}")
-    return choices[c.data.data](c, split)
+    source, known = choices[c.data.data](c, split), {k["label"]: k["name"] for k in c.categories}
+    for row in source.categories:
+        label, name = row["label"], row["name"]
+        if known and getattr(c.model, "num_classes", 1) and known.get(label) != name:
+            raise UserError(
+                f"the {split} data's class {label} is {name!r}, the model's {known.get(label)!r}")
+    return source
 
 
 class Source:
     """What sources share. A source has a length and a record per item; `classes` (names); for
     objects and captions `truth(task)`, in COCO's format; to learn keypoints from, `people` and a
     record per `person`. Labels of objects begin at 1, for 0 is padding."""
-    endless, first_label = False, 0
+    endless = False
 
     @cached_property
     def categories(self):
         """[{id, name, label, maybe keypoints and skeleton}]"""
-        return [
-            {"id": i, "name": name, "label": i}
-            for i, name in enumerate(self.classes, self.first_label)]
+        return [{"id": i, "name": name, "label": i} for i, name in enumerate(self.classes)]
 
     def count(self, task):
         """How many training examples there are of a task."""
@@ -723,15 +705,19 @@ class Source:
         """The record of training example i of a task."""
         return self.person(i) if task in PER_PERSON else self[i]
 
+    def summary(self, c):
+        """What there is to learn from, and what was left out, in numbers."""
+        return {"images": len(self), "learned": {"in all": self.count("")}, "left out": {}}
+
 
 SPLITS = "train", "val", "test"
 TWO_SPLITS = "train", "val"                            # of data that come without a test split
-# of each task COCO's name of the annotation file, our fields that name another, what it annotates
+# of each task COCO's name of the annotation file, our fields that name another
 COCO_FILES = {
-    "det": ("instances", "json", "bbox"),
-    "seg": ("instances", "json", "bbox"),
-    "kpt": ("person_keypoints", "keypoints", "keypoints"),
-    "cap": ("captions", "captions", "caption"),
+    "det": ("instances", "json"),
+    "seg": ("instances", "json"),
+    "kpt": ("person_keypoints", "keypoints"),
+    "cap": ("captions", "captions"),
 }
 IMAGE_KINDS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
 LAYOUTS = {                                            # what the user puts into data_dir
@@ -743,80 +729,93 @@ LAYOUTS = {                                            # what the user puts into
     "videos": "a folder of frames (image files) per video, maybe in a folder per class; either may "
               "be divided into train/ and val/",
 }
+MASK_LAYOUTS = {                                       # the same, of videos with panoptic masks
+    "kitti_step": "images/SPLIT or training/image_02, and panoptic_maps/SPLIT: PNGs per video",
+    "cityscapes_vps": "panoptic_gt_SPLIT_city_vps.json, SPLIT/panoptic_video and SPLIT/img",
+    "davis": "JPEGImages/480p, Annotations_unsupervised/480p or Annotations/480p, and the names of "
+             "the videos in ImageSets/2017/SPLIT.txt",
+}
 
 
-def check_split(split, known=SPLITS):
-    if split not in known:
-        raise DataError(f"unknown split {split!r}, expected one of {', '.join(known)}")
+def check_file(path):
+    """A pipe or a device would be waited for."""
+    if not isfile(path):
+        raise UserError(f"{path}: no such file, or another thing than a file")
 
 
 def check_folder(folder, expected):
-    if not os.path.isdir(folder):
-        raise DataError(f"{folder}: no such folder, expected {expected}")
+    if not isdir(folder):
+        raise UserError(f"{folder}: no such folder, expected {expected}")
 
 
-def seed_and_count(c, split):
-    """Of a drawn dataset; in training there is no end."""
-    return c.data.data_seed, None if split == "train" else c.data.val_count
+def drawn_options(c, split):
+    """Seed, count and max_shapes of a drawn dataset; in training there is no end."""
+    d = c.data
+    return d.data_seed, None if split == "train" else d.val_count, d.max_shapes
 
 
 def shapes_source(c, split):
-    return Shapes(split, max(c.model.image_size), c.data.max_shapes, *seed_and_count(c, split))
+    return Shapes(split, max(c.model.image_size), 1, *drawn_options(c, split))
 
 
 def coco_source(task, c, split):
-    kind, field, _ = COCO_FILES[task]                  # a test split is in data_dir
-    usual = f"annotations/{kind}_{split}2017.json", f"{split}2017"
-    paths = coco_paths(c, split, (field, "images"), usual)
-    return Coco(*paths, c.vocab.max_label, c.data.bad_boxes)
+    kind, field = COCO_FILES[task]                     # a test split is in data_dir
+    own = f"{c.data.data_dir}/annotations/{kind}_{split}2017.json"
+    if task == "kpt" and not (getattr(c.data, f"{split}_{field}", "") or exists(own)):
+        kind, field = COCO_FILES["det"]                # which may hold keypoints, too
+    usual = {field: f"annotations/{kind}_{split}2017.json", "images": f"{split}2017"}
+    paths = coco_paths(c, split, usual)
+    return Coco(*paths, c.vocab.max_label, c.data.bad_boxes, task, c.categories)
 
 
-def coco_paths(c, split, named, usual):
-    """What the options --SPLIT_NAME say, or usual names in data_dir. DataError if neither does."""
-    folder, options = c.data.data_dir, [f"{split}_{name}" for name in named]
-    paths = [getattr(c.data, option, "") for option in options]
-    if not folder and not all(paths):
-        raise DataError(
+def coco_paths(c, split, usual):
+    """What the options --SPLIT_NAME say, or {NAME: its usual path in data_dir}. UserError if
+    neither does."""
+    folder = c.data.data_dir
+    paths = [
+        getattr(c.data, f"{split}_{name}", "") or folder and f"{folder}/{path}"
+        for name, path in usual.items()]
+    if not all(paths):
+        raise UserError(
             f"data is 'coco': name a folder in COCO's layout with --data_dir, or all of "
-            f"{', '.join('--' + option for option in options)}")
-    return [path or f"{folder}/{name}" for path, name in zip(paths, usual)]
+            f"{', '.join(f'--{split}_{name}' for name in usual)}")
+    return paths
 
 
 def clips_source(c, split):
     frames, *size = clip_shape(c)
-    return ShapeClips(split, max(size), frames, *seed_and_count(c, split))
+    return ShapeClips(split, max(size), frames, *drawn_options(c, split))
 
 
 def shape_maps_source(c, split):
     size, past = max(c.model.image_size), c.model.past_frames
     frames = c.data.clip_frames if past else 1
-    return ShapeMaps(split, size, c.data.max_shapes, frames, *seed_and_count(c, split), past)
+    return ShapeMaps(split, size, frames, *drawn_options(c, split), past)
 
 
 def coco_maps_source(c, split):
     masks = f"annotations/panoptic_{split}2017"
-    usual = f"{masks}.json", masks, f"{split}2017"
-    return coco_maps(*coco_paths(c, split, ("json", "masks", "images"), usual), c.model.past_frames)
-
-
-def video_masks_source(c, split):
-    reader = VIDEO_MASKS[c.data.data]
-    check_split(split, TWO_SPLITS)
-    if not c.data.data_dir:
-        raise DataError(f"data is {c.data.data!r}: name with --data_dir {reader.__doc__}")
-    return reader(c.data.data_dir, split, c.model.past_frames)
+    usual = {"json": f"{masks}.json", "masks": masks, "images": f"{split}2017"}
+    return coco_maps(*coco_paths(c, split, usual), c.model.past_frames, known=c.categories)
 
 
 def files_source(c, split):
     folder, kind = c.data.data_dir, c.data.data
     if not folder:
-        raise DataError(f"data is {kind!r}: name with --data_dir the folder of {LAYOUTS[kind]}")
+        raise UserError(
+            f"data is {kind!r}: name with --data_dir a folder of {(LAYOUTS | MASK_LAYOUTS)[kind]}")
+    if kind not in ("images", "videos"):               # the others come without a test split
+        tokenizer.check_choice(split, TWO_SPLITS, "split")
     frames, *size = clip_shape(c)
+    past = getattr(c.model, "past_frames", 0)
     reader, *options = {
         "mnist": (load_mnist,),
         "cifar10": (load_cifar10,),
         "images": (ClipFolder, size),
         "videos": (ClipFolder, size, frames),
+        "kitti_step": (kitti_step, past),
+        "cityscapes_vps": (cityscapes_vps, past),
+        "davis": (davis, past),
     }[kind]
     return reader(folder, split, *options)
 
@@ -827,7 +826,7 @@ SOURCES = {
 SOURCES["pan"] = SOURCES["vps"] = {
     "shapes": shape_maps_source,
     "coco": coco_maps_source,
-    **dict.fromkeys(("kitti_step", "cityscapes_vps", "davis"), video_masks_source),
+    **dict.fromkeys(MASK_LAYOUTS, files_source),
 }
 SOURCES["gen"] = SOURCES["ar"] = {"shapes": clips_source} | dict.fromkeys(LAYOUTS, files_source)
 
@@ -835,7 +834,7 @@ SOURCES["gen"] = SOURCES["ar"] = {"shapes": clips_source} | dict.fromkeys(LAYOUT
 # --------------------------------------------------------------------------------------------------
 # shapes: a synthetic dataset of drawn scenes, and of clips
 
-KINDS = ("circle", "square", "triangle", "figure")     # categories 1..4
+KINDS = "circle square triangle figure".split()        # categories 1..4, the last has keypoints
 COLORS = {
     "red": (220, 50, 40),
     "green": (50, 170, 70),
@@ -845,8 +844,8 @@ COLORS = {
     "white": (240, 240, 240),
 }
 # Of a figure; left is the viewer's left. The skeleton counts keypoints from 1, as COCO does.
-KEYPOINTS = ("head", "left_hand", "right_hand", "left_foot", "right_foot")
-SKELETON = ((1, 2), (1, 3), (1, 4), (1, 5))
+KEYPOINTS = "head left_hand right_hand left_foot right_foot".split()
+SKELETON = tuple((1, n) for n in range(2, 6))          # the head and each of the others
 
 
 def arc(count):
@@ -895,24 +894,22 @@ class Shape:
         """A list of (P, 2) arrays of yx fractions: one polygon, or head and body of a figure."""
         if self.kind != "figure":
             return [self.place(POLYGONS[self.kind])]
-        _, left_hand, right_hand, left_foot, right_foot = self.keypoints
-        neck, left, crotch, right = self.place(TORSO)
-        body = [neck, left_hand, left, left_foot, crotch, right_foot, right, right_hand]
         head = arc(12) * 0.3 + (-0.7, 0)
-        return [self.place(head), np.array(body)]
+        limbs = self.keypoints[[1, 3, 4, 2]]           # around the body, each behind one of TORSO
+        body = np.stack([self.place(TORSO), limbs], 1).reshape(-1, 2)
+        return [self.place(head), body]
 
 
-def random_kind(rng):
+def random_look(rng):
     """Kind and colour of a shape."""
-    kind = KINDS[rng.integers(len(KINDS))]
-    return kind, list(COLORS)[rng.integers(len(COLORS))]
+    return rng.choice(KINDS), rng.choice(list(COLORS))
 
 
-def random_shape(rng, kind, color, smallest, largest):
-    """A shape whose radius is in this range, fully inside the image."""
+def random_shape(rng, look, smallest, largest):
+    """A shape of this kind and colour, its radius in this range, fully inside the image."""
     radius = rng.uniform(smallest, largest)
-    y, x = rng.uniform(radius + 0.01, 0.99 - radius, 2)
-    return Shape(kind, color, y, x, radius, rng.random((4, 2)))
+    center = rng.uniform(radius + 0.01, 0.99 - radius, 2)
+    return Shape(*look, *center, radius, rng.random((4, 2)))
 
 
 def random_scene(rng, max_shapes):
@@ -920,9 +917,9 @@ def random_scene(rng, max_shapes):
     more than a tenth (IoU)."""
     shapes = []
     for _ in range(rng.integers(1, max_shapes + 1)):
-        kind, color = random_kind(rng)
+        look = random_look(rng)
         for _ in range(10):
-            shape = random_shape(rng, kind, color, 0.14, 0.26)
+            shape = random_shape(rng, look, 0.14, 0.26)
             if all(square_iou(shape, other) < 0.1 for other in shapes):
                 shapes.append(shape)
                 break
@@ -952,7 +949,7 @@ def background(rng, size, cells, contrast):
 def draw_scene(shapes, background):
     """Shapes drawn over a square background in their order, four times as large and then averaged
     (antialiased)."""
-    canvas = background.resize((4 * background.width,) * 2, Image.NEAREST)
+    canvas = ImageOps.scale(background, 4, Image.NEAREST)
     draw_polygons(canvas, shapes, [COLORS[shape.color] for shape in shapes])
     return canvas.reduce(4)
 
@@ -987,31 +984,34 @@ def captions_of(shapes):
 
 class Drawn(Source):
     """What drawn datasets share. Item i of a split is a pure function of (seed, split, i); in
-    training none is seen twice."""
-    endless = True
+    training none is seen twice. size: side in pixels; count: of the items; either may be left to
+    the kind of data. frames: of a clip; past: earlier ones that are read to learn from one."""
+    endless, size = True, 64
 
-    def __init__(self, split, size, seed=0, count=None):
-        check_split(split)
-        self.split, self.size, self.seed = split, size, seed
-        self.length = count or (1 << 40 if split == "train" else 500)
+    def __init__(self, split, size=None, frames=1, seed=0, count=None, max_shapes=4, past=0):
+        tokenizer.check_choice(split, SPLITS, "split")
+        self.split, self.seeds = split, (seed, SPLITS.index(split))
+        self.size, self.length = size or self.size, count or (1 << 40 if split == "train" else 500)
+        self.frames, self.max_shapes, self.past = frames, max_shapes, past
 
     def __len__(self):
         return self.length
 
-    def seeds(self, i, *kind):
-        return self.seed, SPLITS.index(self.split), i, *kind
+    def count(self, task):
+        return self.length                             # a person can be drawn for every number
 
 
 class Shapes(Drawn):
     """Drawn scenes with COCO-style truth."""
-    classes, first_label = list(KINDS), 1
+    classes = KINDS
+    categories = [{"id": i, "name": kind, "label": i} for i, kind in enumerate(KINDS, 1)]
+    categories[-1] |= {"keypoints": KEYPOINTS, "skeleton": SKELETON}
 
-    def __init__(self, split, size=64, max_shapes=4, seed=0, count=None):
-        super().__init__(split, size, seed, count)
-        self.max_shapes = max_shapes
-        self.people = range(self.length)               # one can be drawn for every number
-        skeleton = {"keypoints": list(KEYPOINTS), "skeleton": SKELETON}
-        self.categories[KINDS.index("figure")] |= skeleton
+    @property
+    def sizes(self):
+        """{image id: (height, width)} of what is held out; training has no end."""
+        ids = range(1, 1 + self.length) if self.split != "train" else ()
+        return dict.fromkeys(ids, (self.size, self.size))
 
     def __getitem__(self, i):
         """Record i, a dict. N objects; pixel coordinates are floats, (y, x) order, of the image.
@@ -1019,17 +1019,17 @@ class Shapes(Drawn):
         boxes: (N, 4) float32 yxyx    iscrowd: (N,) bool    polygons: per object a list of (P, 2)
         keypoints: (N, K, 3) float32, y x visibility (0, 1 or 2)    captions: list of str
         """
-        return draw_record(self.seeds(i), self.size, self.max_shapes)
+        return draw_record((*self.seeds, i), self.size, self.max_shapes)
 
     def person(self, i):
         """A record that has a figure, and which of its objects that is."""
-        record = draw_record(self.seeds(i, 1), self.size, self.max_shapes, needed="figure")
-        label = KINDS.index("figure") + 1
-        return record | {"person": record["labels"].tolist().index(label)}
+        record = draw_record((*self.seeds, i, 1), self.size, self.max_shapes, needed="figure")
+        return record | {"person": record["labels"].tolist().index(len(KINDS))}
 
     def truth(self, task="det", ending="png"):
         """The whole split as a dict in COCO's format, of which pycocotools makes an index."""
-        images, annotations, needed = [], [], COCO_FILES[task][-1]
+        images, annotations = [], []
+        needed = {"kpt": "keypoints", "cap": "caption"}.get(task, "bbox")
         for i in range(len(self)):
             record = self[i]
             image_id = record["image_id"]
@@ -1042,8 +1042,8 @@ class Shapes(Drawn):
             found += [{"caption": caption} for caption in record["captions"]]
             for annotation in found:
                 if needed in annotation:
-                    ids = {"id": len(annotations) + 1, "image_id": image_id}
-                    annotations.append(ids | annotation)
+                    annotations.append(
+                        {"id": len(annotations) + 1, "image_id": image_id, **annotation})
         categories = [k for k in self.categories if task not in PER_PERSON or "keypoints" in k]
         return {"images": images, "annotations": annotations, "categories": categories}
 
@@ -1051,11 +1051,10 @@ class Shapes(Drawn):
 @lru_cache(maxsize=512)                                # tasks learned at once see the same scenes
 def draw_record(seeds, size, max_shapes, needed=None):
     """The record of a scene; with `needed` the first scene that has such a kind of shape."""
-    rng = np.random.default_rng(seeds)
+    rng = default_rng(seeds)
     shapes = random_scene(rng, max_shapes)
     while needed and needed not in [shape.kind for shape in shapes]:
         shapes = random_scene(rng, max_shapes)
-    labels = [KINDS.index(shape.kind) + 1 for shape in shapes]
     polygons = [[np.round(part * size, 2) for part in shape.polygons] for shape in shapes]
     boxes = [[*yx.min(0), *yx.max(0)] for yx in map(np.concatenate, polygons)]
     keypoints = np.zeros((len(shapes), len(KEYPOINTS), 3), np.float32)
@@ -1067,7 +1066,7 @@ def draw_record(seeds, size, max_shapes, needed=None):
     return {
         "image": draw_scene(shapes, background(rng, size, *texture)),
         "image_id": seeds[2] + 1,
-        "labels": np.array(labels, np.int64),
+        "labels": np.array([KINDS.index(shape.kind) + 1 for shape in shapes], np.int64),
         "boxes": np.array(boxes, np.float32),
         "iscrowd": np.zeros(len(shapes), bool),
         "polygons": polygons,
@@ -1079,13 +1078,12 @@ def draw_record(seeds, size, max_shapes, needed=None):
 def coco_object(record, n):
     """Object n of a drawn record -> an annotation in COCO's format."""
     y0, x0, y1, x1 = record["boxes"][n].astype(float).round(2)
-    w, h = round(x1 - x0, 2), round(y1 - y0, 2)
     yxv = record["keypoints"][n].astype(float).round(2)
     polygons = record["polygons"][n]
     annotation = {
         "category_id": int(record["labels"][n]),
         "iscrowd": 0,
-        "bbox": [x0, y0, w, h],
+        "bbox": [x0, y0, round(x1 - x0, 2), round(y1 - y0, 2)],
         "area": sum(map(polygon_area, polygons)),
         "segmentation": [polygon[:, ::-1].ravel().tolist() for polygon in polygons],
     }
@@ -1097,27 +1095,30 @@ def coco_object(record, n):
 
 class ShapeClips(Drawn):
     """One drawn shape on a plain ground, at rest in an image or moving through a clip."""
-    classes = list(KINDS)
-
-    def __init__(self, split, size=32, frames=1, seed=0, count=None):
-        super().__init__(split, size, seed, count)
-        self.frames = frames
+    classes, size = KINDS, 32
 
     def __getitem__(self, i):
         """Record i for generation, a dict, as every source for it gives:
         pixels: uint8 (H, W, C), of a clip (T, H, W, C), C is 1 or 3
         label: int, index in the source's classes; -1 unknown
         """
-        rng = np.random.default_rng(self.seeds(i, 2))  # 2: unlike Shapes
-        shape = random_shape(rng, *random_kind(rng), 0.22, 0.36)
+        rng = default_rng((*self.seeds, i, 2))         # 2: unlike Shapes
+        shape = random_shape(rng, random_look(rng), 0.22, 0.36)
         grey = tuple(rng.integers(40, 130, 3).tolist())
         background = Image.new("RGB", (self.size, self.size), grey)
         turn, speed = rng.uniform(0, 2 * np.pi), rng.uniform(0.03, 0.08)
         track = moving(
             shape, turn, speed, range(self.frames), shape.radius + 0.01, 0.99 - shape.radius)
         frames = [draw_scene([shape], background) for shape in track]
-        pixels = np.stack(frames) if self.frames > 1 else np.asarray(frames[0])
+        pixels = np.array(frames if self.frames > 1 else frames[0])
         return {"pixels": pixels, "label": KINDS.index(shape.kind)}
+
+
+def segment_categories(names, things):
+    """Categories of panoptic masks, numbered from 1 on."""
+    return [
+        {"id": i, "name": name, "isthing": int(name in things), "label": i}
+        for i, name in enumerate(names, 1)]
 
 
 GROUNDS = {"plain": (1, 32), "blotchy": (8, 72)}       # stuff, as options of `background`
@@ -1125,14 +1126,9 @@ GROUNDS = {"plain": (1, 32), "blotchy": (8, 72)}       # stuff, as options of `b
 
 class ShapeMaps(Drawn):
     """Drawn scenes with panoptic truth, and clips of them: shapes are things that cross each other,
-    leave and return, the ground is stuff of one of two kinds. past: earlier frames that are read to
-    learn from a frame."""
+    leave and return, the ground is stuff of one of two kinds."""
     classes = [*KINDS, *GROUNDS]
-
-    def __init__(self, split, size=64, max_shapes=4, frames=1, seed=0, count=None, past=0):
-        super().__init__(split, size, seed, count)
-        self.max_shapes, self.frames, self.past = max_shapes, frames, past
-        self.categories = segment_categories(self.classes, KINDS)
+    categories = segment_categories(classes, KINDS)
 
     def __getitem__(self, i):
         """Record i for panoptic masks, a dict, as every source for them gives:
@@ -1148,42 +1144,35 @@ class ShapeMaps(Drawn):
         return self.draw(i, range(max(last - self.past, 0), last + 1))
 
     def draw(self, i, times):
-        rng = np.random.default_rng(self.seeds(i, 3))
+        rng = default_rng((*self.seeds, i, 3))
         count = rng.integers(1, self.max_shapes + 1)
-        shapes = [random_shape(rng, *random_kind(rng), 0.14, 0.26) for _ in range(count)]
+        shapes = [random_shape(rng, random_look(rng), 0.14, 0.26) for _ in range(count)]
         turns, speeds = rng.uniform(0, 2 * np.pi, count), rng.uniform(0.02, 0.06, count)
         # They turn outside of the image.
         tracks = [moving(*start, times, -0.2, 1.2) for start in zip(shapes, turns, speeds)]
-        stuff = list(GROUNDS)[rng.integers(2)]
+        stuff = rng.choice(list(GROUNDS))
         ground = background(rng, self.size, *GROUNDS[stuff])
         kinds = [*(shape.kind for shape in shapes), stuff]
         images, maps = [], []
         for moved in zip(*tracks):
             numbers = Image.new("L", (4 * self.size,) * 2, len(kinds))
-            draw_polygons(numbers, moved, range(1, count + 1))
+            draw_polygons(numbers, moved, itertools.count(1))
             images.append(draw_scene(moved, ground))
             maps.append(np.asarray(numbers)[2::4, 2::4])
         return {
             "images": images,
             "id": i + 1,
             "name": f"{i + 1:06}",
-            "maps": np.stack(maps).astype(np.int32),
+            "maps": np.array(maps, np.int32),
             "segments": {
                 n: {"category_id": 1 + self.classes.index(kind)}
                 for n, kind in enumerate(kinds, 1)},
         }
 
 
-def segment_categories(names, things):
-    """Categories of panoptic masks, numbered from 1 on."""
-    return [
-        {"id": i, "name": name, "isthing": int(name in things), "label": i}
-        for i, name in enumerate(names, 1)]
-
-
 def moving(shape, turn, speed, times, low, high):
     """The shape at these times, where its coordinates turn back at both ends."""
-    room, steps = high - low, np.multiply.outer(times, (np.sin(turn), np.cos(turn)))
+    room, steps = high - low, np.outer(times, (np.sin(turn), np.cos(turn)))
     path = (shape.y, shape.x) + speed * steps          # (T, 2) yx
     path = high - np.abs((path - low) % (2 * room) - room)
     return [replace(shape, y=y, x=x) for y, x in path]
@@ -1196,34 +1185,44 @@ def export_shapes(folder, count, size, seed, image_format):
         os.makedirs(f"{folder}/{split}2017", exist_ok=True)
         number = count if split == "train" else min(count, 500)
         source = Shapes(split, size, seed=seed, count=number)
-        for task, (kind, *_) in COCO_FILES.items():
+        for task, (kind, _) in COCO_FILES.items():
             with open(f"{folder}/annotations/{kind}_{split}2017.json", "w") as f:
                 json.dump(source.truth(task, image_format), f)
         for i in range(number):
-            path = f"{folder}/{split}2017/{i + 1:012d}.{image_format}"
-            source[i]["image"].save(path, quality=95)
+            source[i]["image"].save(
+                f"{folder}/{split}2017/{i + 1:012d}.{image_format}", quality=95)
 
 
 # --------------------------------------------------------------------------------------------------
 # coco: images and JSON files of the user's
 
-UNREADABLE = OSError, SyntaxError, Image.DecompressionBombError            # what PIL raises
+# Others may call programs.
+FORMATS = "JPEG", "PNG", "WEBP", "BMP", "PPM", "GIF", "TIFF"
+
+
+def open_image(path):
+    """A loaded PIL image, of any mode. path: of a file, or an io.BytesIO. UserError if it cannot be
+    read."""
+    if isinstance(path, str):
+        check_file(path)
+    try:
+        with Image.open(path, formats=FORMATS) as stored:
+            stored.load()
+            return stored
+    except Exception as e:                             # PIL raises many types for a damaged file
+        raise UserError(f"{path}: not a readable image ({e})") from e
 
 
 def load_image(path, size=None):
     """Any image file -> PIL RGB. size: (height, width) that its labels are for; a photo that is
-    stored turned is turned upright unless only the stored form fits it. DataError, naming the file,
+    stored turned is turned upright unless only the stored form fits it. UserError, naming the file,
     if it cannot be read or fits neither way."""
-    try:
-        with Image.open(path) as stored:
-            stored.load()
-            for image in (ImageOps.exif_transpose(stored), stored):
-                height, width = image.height, image.width
-                if size is None or (height, width) == tuple(size):
-                    return to_rgb(image)
-    except UNREADABLE as e:
-        raise DataError(f"{path}: not a readable image ({e})") from e
-    raise DataError(
+    stored = open_image(path)
+    for image in (ImageOps.exif_transpose(stored), stored):
+        height, width = image.height, image.width
+        if size is None or (height, width) == size:
+            return to_rgb(image)
+    raise UserError(
         f"{path}: the image is {height}x{width}, its labels are for {size[0]}x{size[1]}")
 
 
@@ -1231,19 +1230,17 @@ def to_rgb(image):
     """PIL image of any mode -> RGB; 16 bits are scaled, transparency becomes white."""
     if image.mode.startswith(("I", "F")):              # convert() would clip, not scale
         pixels = np.asarray(image).astype(float)
-        top = 65535 if pixels.max() > 255 else 255
-        if image.mode == "F" and pixels.max() <= 1:
-            top = 1
+        top = 65535 if pixels.max() > 255 else 255 if image.mode != "F" else 1
         pixels = pixels.clip(0, top) * (255 / top)
         image = Image.fromarray(pixels.round().astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
 class Packed:
-    """A list of dicts, pickled one behind the other. As objects they would take several times the
+    """A list of values, pickled one behind the other. As objects they would take several times the
     memory, and every worker that looks at one would copy it."""
 
     def __init__(self):
@@ -1251,6 +1248,9 @@ class Packed:
 
     def __getitem__(self, n):
         return pickle.loads(self.content[self.ends[n]:self.ends[n + 1]])
+
+    def __len__(self):
+        return len(self.ends) - 1
 
     def append(self, row):
         self.content += pickle.dumps(row, pickle.HIGHEST_PROTOCOL)
@@ -1260,52 +1260,72 @@ class Packed:
 class Coco(Source):
     """A dataset in COCO's format: one JSON file and the folder of its images. Records as of Shapes.
 
-    Everything but the pixels is checked here; DataError names each kind of problem, with a few
-    examples and their number. bad_boxes: what to do about boxes of zero size or more than a pixel
-    outside their image: "error" or "drop". Category ids in [1, max_label] are the labels, as in the
-    reference; others get the free labels from 1 on.
+    Everything but the pixels is checked here, by the tables of rules below; UserError names each
+    kind of problem, with three examples and their number. What the task can do without is left out
+    and counted. Category ids in [1, max_label] are the labels, as in the reference; others get the
+    free labels from 1 on.
+
+    bad_boxes: what to do about boxes of zero size or more than a pixel outside their image: "error"
+               or "drop"
+    task:      what annotations are needed for: det, seg, kpt or cap
+    known:     categories of a model: those of the file are the ones of the same name
     """
 
-    def __init__(self, json_path, image_dir, max_label=899, bad_boxes="error"):
-        if bad_boxes not in ("error", "drop"):
-            raise DataError(f"bad_boxes is {bad_boxes!r}, expected 'error' or 'drop'")
-        self.json_path, self.image_dir = json_path, image_dir
-        self.decoded, self.annotations = {}, Packed()
-
-        def pack(row):                                 # while the file is read
-            if "image_id" in row:
-                self.annotations.append(row)
-                return None
-            return row
-
-        truth = read_json(json_path, hook=pack)
-        self.images = [{key: row.get(key) for key in IMAGE_KEYS} for row in truth["images"]]
-        places = np.array(self.checked(truth, bad_boxes), int)
+    def __init__(
+            self, json_path, image_dir, max_label=899, bad_boxes="error", task="det", known=()):
+        self.json_path, self.image_dir, self.task = json_path, image_dir, task
+        self.left_out, self.learned = Counter(), Counter()
+        truth, self.annotations = read_annotations(json_path)
+        self.sizes = image_sizes(json_path, truth, image_dir)
+        self.images = [{key: row[key] for key in IMAGE_KEYS} for row in truth["images"]]
+        self.category = read_categories(json_path, truth["categories"], task, known, max_label)
+        self.categories = list(self.category.values())
+        self.classes = [category["name"] for category in self.categories]
+        self.most = check_keypoints(json_path, self.categories) if task in PER_PERSON else 0
+        places = np.array(self.checked(bad_boxes), int)
         self.rows = places.argsort(kind="stable")      # numbers of annotations, by image
         self.starts = np.searchsorted(places[self.rows], range(len(self.images) + 1))
-        ids = [category["id"] for category in truth["categories"]]
-        self.label_of = assign_labels(ids, max_label, json_path)
-        self.categories = [labelled(row, self.label_of[row["id"]]) for row in truth["categories"]]
-        self.classes = [category["name"] for category in self.categories]
 
-    def checked(self, truth, bad_boxes):
-        """Of each annotation the number of its image, -1 to leave it out. DataError with all that
+    def checked(self, bad_boxes):
+        """Of each annotation the number of its image, -1 to leave it out. UserError with all that
         is wrong."""
-        sizes = image_sizes(self.json_path, truth, self.image_dir)
-        numbers = {image_id: i for i, image_id in enumerate(sizes)}
-        categories, seen = {category["id"] for category in truth["categories"]}, set()
-        places, problems = [], {}
-        for a in self.annotations:
-            what, shown = problem(a, sizes, categories, seen)
-            if what:
-                problems.setdefault(what, []).append(shown)
-            places.append(-1 if what else numbers[a["image_id"]])
-        problems["annotations lack image_id"] = [
-            row for row in truth["annotations"] if row is not None]
-        if bad_boxes == "drop" and (bad := problems.pop(BAD_BOXES, None)):
-            warnings.warn(f"{self.json_path}: left out {len(bad)} boxes, empty or outside their "
-                          f"image, such as {bad[0]}")
-        refuse(self.json_path, problems)
+        path, task, sizes = self.json_path, self.task, self.sizes
+        rules = annotation_rules(task, sizes, self.category)
+        check_rows(path, {"annotations": self.annotations}, rules)
+        numbers, places, bad = {image_id: i for i, image_id in enumerate(sizes)}, [], []
+        corners = fractions = task != "cap"
+        for n, a in enumerate(self.annotations):
+            (height, width), why = sizes[a["image_id"]], None
+            if task == "cap":
+                name = "captions"
+                if not (a.get("caption") or "").strip():
+                    why = "captions are empty"
+            else:
+                name = self.category[a["category_id"]]["name"]
+                x, y, w, h = a["bbox"]
+                corners &= x < w <= width + 1 and y < h <= height + 1
+                fractions &= max(x + w, y + h) <= 1
+                inside = min(x, y) >= -1 and x + w <= width + 1 and y + h <= height + 1
+                if not (inside and min(w, h) > 0):
+                    why = BAD_BOXES
+                    place = described(f"annotations[{n}]", a, a["bbox"])
+                    bad.append(f"{place} in {width}x{height}")
+                elif task == "seg" and not mask_of(a, (height, width)):
+                    why = "masks have no polygon of three points"
+            places.append(-1 if why else numbers[a["image_id"]])
+            if why:
+                self.left_out[why] += 1
+            elif not a.get("iscrowd"):
+                if task == "seg" and isinstance(a["segmentation"], dict):
+                    self.left_out["masks of run lengths are not learned from"] += 1
+                else:
+                    self.learned[name] += 1
+        if fractions and places:
+            raise UserError(f"{path}: all boxes lie between 0 and 1, expected pixels")
+        if bad and (bad_boxes == "error" or corners):
+            hint = "they look like x1 y1 x2 y2" if corners else "--bad_boxes=drop leaves them out"
+            refuse(path, {f"{BAD_BOXES}, expected x y width height; {hint}": bad})
+        self.say_left_out(self.left_out)
         return places
 
     def __len__(self):
@@ -1316,41 +1336,36 @@ class Coco(Source):
         return [self.annotations[n] for n in self.rows[self.starts[i]:self.starts[i + 1]]]
 
     def __getitem__(self, i):
-        image, annotations = self.images[i], self.of_image(i)
-        found = [a for a in annotations if "bbox" in a]
+        image, found = self.images[i], self.of_image(i)
         size = image["height"], image["width"]
         path = os.path.join(self.image_dir, image["file_name"])
-        picture = self.decoded.get(i) or load_image(path, size)
-        if len(self) <= 200:                           # few images are decoded once
-            self.decoded[i] = picture
-        xywh = np.array([a["bbox"] for a in found], np.float32)
-        x, y, w, h = xywh.reshape(-1, 4).T
+        picture = load_image(path, size)
+        if self.task == "cap":
+            captions = [a["caption"].strip() for a in found]
+            return {"image": picture, "image_id": image["id"], "captions": captions}
+        x, y, w, h = np.array([a["bbox"] for a in found], np.float32).reshape(-1, 4).T
         boxes = np.stack([y, x, y + h, x + w], -1)
-        keypoints = [a.get("keypoints") or [] for a in found]
-        most = max(map(len, keypoints), default=0)
-        keypoints = np.array([k or [0] * most for k in keypoints], np.float32)
-        keypoints = keypoints.reshape(len(found), most // 3, 3)
+        keypoints = np.array([self.keypoints_of(a) for a in found], np.float32)
         return {
             "image": picture,
             "image_id": image["id"],
-            "labels": np.array([self.label_of[a["category_id"]] for a in found], np.int64),
+            "labels": np.array([self.category[a["category_id"]]["label"] for a in found], np.int64),
             "boxes": boxes.clip(0, np.array(size * 2, np.float32)),
-            "iscrowd": np.array([a.get("iscrowd", 0) for a in found], bool),
-            "polygons": [polygons_of(a) for a in found],
-            "keypoints": keypoints[..., [1, 0, 2]],
-            "captions": [a["caption"].strip() for a in annotations if "caption" in a],
+            "iscrowd": np.array([a.get("iscrowd") for a in found], bool),
+            "polygons": [polygons_of(a, size) if self.task == "seg" else [] for a in found],
+            "keypoints": keypoints.reshape(len(found), self.most, 3)[..., [1, 0, 2]],
         }
+
+    def keypoints_of(self, a):
+        """x y visibility of each, zeros where they are missing."""
+        return self.most and a.get("keypoints") or [0] * 3 * self.most
 
     @cached_property
     def people(self):
         """(image, object) numbers of annotations with a labelled keypoint that are no crowds."""
-        found = []
-        for i in range(len(self)):
-            for n, a in enumerate(a for a in self.of_image(i) if "bbox" in a):
-                visible = a.get("keypoints", [])[2::3]
-                if any(visible) and not a.get("iscrowd"):
-                    found.append((i, n))
-        return found
+        return [
+            (i, n) for i in range(len(self)) for n, a in enumerate(self.of_image(i))
+            if any(self.keypoints_of(a)[2::3]) and not a.get("iscrowd")]
 
     def person(self, i):
         """The record that person i is in, and which of its objects that is."""
@@ -1361,137 +1376,369 @@ class Coco(Source):
         """The dataset as a dict in COCO's format, without what was left out. Every task has its own
         file."""
         annotations = []
-        for a in itertools.chain.from_iterable(map(self.of_image, range(len(self)))):
-            if "bbox" in a:                            # pycocotools needs both
-                _, _, w, h = a["bbox"]
-                a = {"iscrowd": 0, "area": w * h} | a
-            annotations.append(a | {"id": len(annotations) + 1})
-        return {"images": self.images, "annotations": annotations, "categories": self.categories}
+        for i, image in enumerate(self.images):
+            for a in map(without_null, self.of_image(i)):
+                if task != "cap":
+                    _, _, w, h = a["bbox"]
+                    category, keypoints = self.category[a["category_id"]], self.keypoints_of(a)
+                    if task in PER_PERSON and not count_keypoints(category):
+                        continue
+                    a = {
+                        "iscrowd": 0,
+                        **a,
+                        "area": a.get("area") or w * h,
+                        "category_id": category["id"],
+                        "keypoints": keypoints,
+                        "num_keypoints": sum(map(bool, keypoints[2::3])),
+                    }
+                if task == "seg":
+                    a["segmentation"] = mask_of(a, self.sizes[image["id"]])
+                annotations.append(a | {"id": len(annotations) + 1})
+        return {
+            "info": {},                                # which some pycocotools ask for
+            "images": self.images,
+            "annotations": annotations,
+            "categories": self.categories,
+        }
+
+    def summary(self, c):
+        """What there is to learn from, and what is left out, in numbers."""
+        more = Counter()
+        if self.task == "det":
+            counts = np.diff(self.starts)
+            over = counts[counts > c.data.max_objects]
+            more[f"images have more objects than --max_objects, up to {max(counts)}"] = len(over)
+        if self.task == "cap":
+            more["captions are cut to --caption_length"] = sum(
+                len(c.vocab.text.encode(a["caption"])) > c.data.caption_length
+                for i in range(len(self)) for a in self.of_image(i))
+        self.say_left_out(more)
+        left_out = dict(self.left_out + more)
+        return {"images": len(self), "learned": dict(self.learned), "left out": left_out}
+
+    def say_left_out(self, counts):
+        for what, number in (+counts).items():
+            tokenizer.notice(f"{self.json_path}: left out: {number} {what}")
 
 
 IMAGE_KEYS = "id", "file_name", "height", "width"
-BAD_BOXES = "boxes are empty or outside their image (--bad_boxes=drop leaves them out)"
+BAD_BOXES = "boxes are empty or outside their image"
 
 
-def problem(a, sizes, categories, seen):
-    """(what is wrong with an annotation, its name), or (None, None). sizes: {image id: (height,
-    width)}; categories: known ids; seen: annotation ids so far, to which its own is added."""
-    name, image, category = f"annotation {a.get('id', '?')}", a["image_id"], a.get("category_id")
-    if image not in sizes:
-        return "annotations are of an image_id that no image has", f"{image} ({name})"
-    if "id" in a and a["id"] in seen:
-        return "annotation ids appear twice", a["id"]
-    seen.add(a.get("id"))
-    if "caption" in a:
-        return None, None
-    if category not in categories:
-        return "annotations have a category_id that no category has", f"{category} ({name})"
-    if len(a.get("bbox", ())) != 4:
-        return "annotations have no bbox of four numbers", name
-    height, width = sizes[image]
-    x, y, w, h = map(float, a["bbox"])
-    inside = min(x, y) >= -1 and x + w <= width + 1 and y + h <= height + 1
-    if not (inside and min(w, h) > 0):                 # NaN is not inside
-        return BAD_BOXES, f"{name} {a['bbox']} in {width}x{height}"
-    return None, None
+# Rules: of each key what is expected, and a test of (value, row). With a ? it may be missing.
+
+def annotation_rules(task, sizes, categories):
+    """sizes: {image id: (height, width)}; categories: {id: row}"""
+    rules = {
+        "image_id": ("the id of an image", lambda v, row: v in sizes),
+        "id?": ("a number that no other has", once()),
+    }
+    if task == "cap":
+        return rules | {"caption?": ("text", lambda v, row: type(v) is str)}
+    rules |= {
+        "category_id": ("the id of a category", lambda v, row: v in categories),
+        "bbox": (
+            "x y width height in pixels",
+            lambda v, row: are_numbers(v, 4) and min(v[2:]) >= 0),
+        "iscrowd?": IS_CROWD,
+        "area?": ("a number of at least 0", lambda v, row: is_number(v) and v >= 0),
+    }
+    if task == "seg":
+        rules["segmentation?"] = (
+            "polygons, or run lengths that are as many pixels as its image has",
+            lambda v, row: type(v) is list or are_runs(v, sizes[row["image_id"]]))
+    if task in PER_PERSON:
+        def are_keypoints(v, row):
+            count = count_keypoints(categories[row["category_id"]])
+            return not v or are_numbers(v, 3 * count) and {0, 1, 2}.issuperset(v[2::3])
+
+        rules["keypoints?"] = (
+            "x y visibility (0, 1 or 2) of each keypoint of its category", are_keypoints)
+    return rules
 
 
-def image_sizes(path, truth, image_dir=None):
-    """{image id: (height, width)} of a file in COCO's format. DataError if what is said about its
+def is_number(v, row=None):
+    return type(v) in (int, float) and abs(v) < 1e9    # nor is it NaN
+
+
+def is_size(v, row=None):
+    return type(v) is int and v > 0
+
+
+def is_text(v, row=None):
+    return type(v) is str and v.strip() != ""
+
+
+IS_CROWD = "0 or 1", lambda v, row: type(v) in (int, bool) and v in (0, 1)
+PIXELS = "pixels, a whole number", is_size
+
+
+def once(kinds=(int, str)):
+    """A test for values of one of these types that it has not seen yet."""
+    seen = set()
+
+    def test(v, row):
+        kind = type(next(iter(seen), v))               # either all are numbers or all are text
+        if type(v) not in kinds or type(v) is not kind or v in seen:
+            return False
+        seen.add(v)
+        return True
+
+    return test
+
+
+def are_numbers(v, count):
+    return len(v) == count and all(map(is_number, v))
+
+
+def are_runs(v, size):
+    """Whether run lengths, a list or COCO's text, are a mask of this size."""
+    runs = v["counts"]
+    if type(runs) is str:
+        runs = run_lengths(runs)
+    return tuple(v["size"]) == size and min(runs) >= 0 and sum(runs) == math.prod(size)
+
+
+def run_lengths(text):
+    """COCO's text of run lengths -> list of them: five bits per letter, the lowest first, and from
+    the third on the difference to the one before the last."""
+    runs, value, shift = [], 0, 0
+    for letter in map(ord, text):
+        value |= (letter - 48 & 31) << shift
+        shift += 5
+        if letter - 48 & 32:
+            continue
+        if letter - 48 & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = shift = 0
+    return runs
+
+
+def described(place, row, value):
+    count = f"{len(value)} values " if isinstance(value, list) else ""
+    return f"{place} (id {row.get('id')!r}) has {count}{reprlib.repr(value)}"
+
+
+def check_rows(path, lists, rules):
+    """UserError about what breaks a rule in lists of a file, {name: rows}."""
+    problems = {}
+    for name, rows in lists.items():
+        for n, row in enumerate(rows):
+            place = f"{name}[{n}]"
+            if type(row) is not dict:
+                raise UserError(f"{path}: {place} is {reprlib.repr(row)}, expected an object")
+            for rule, (expected, test) in rules.items():
+                key = rule.rstrip("?")
+                value = row.get(key)
+                try:
+                    right = value is None and key != rule or test(value, row)
+                except (TypeError, ValueError, ArithmeticError, LookupError):
+                    right = False
+                if not right:
+                    what = f"wrong values of {key}, expected {expected}"
+                    problems.setdefault(what, []).append(described(place, row, value))
+    refuse(path, problems)
+
+
+def refuse(path, problems):
+    """UserError about a file if there is any {what: names of those}: the first three names of the
+    first kind, and how many there are of each other one."""
+    kinds = [(f"{len(names)} {what}", names) for what, names in problems.items() if names]
+    if kinds:
+        (first, names), *others = kinds
+        shown = ", ".join(map(str, names[:3]))
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        rest = "".join(f"; {kind}" for kind, _ in others)
+        raise UserError(f"{path}: {first}: {shown}{more}{rest}")
+
+
+def check_keypoints(path, categories):
+    """How many keypoints categories have. UserError if none has any, or some have more."""
+    counts = {row["name"]: count_keypoints(row) for row in categories if row.get("keypoints")}
+    if len(set(counts.values())) != 1:
+        raise UserError(
+            f"{path}: keypoints of categories: {counts or 'none'}, expected lists of one length")
+    return max(counts.values())
+
+
+def without_null(row):
+    return {key: value for key, value in row.items() if value is not None}
+
+
+def count_keypoints(category):
+    return len(category.get("keypoints", ()))
+
+
+def mask_of(a, size):
+    """An annotation's mask as pycocotools takes it: run lengths, or polygons [x, y, x, y, ...] of
+    three points or more, which may be given as pairs, or one alone. None if there is none."""
+    parts, found = a.get("segmentation"), []
+    if not isinstance(parts, list):
+        return parts
+    if not all(isinstance(part, list) for part in parts) or {2} == set(map(len, parts)):
+        parts = [parts]
+    middle = np.array(size[::-1]) / 2
+    for part in parts:
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            given = np.array(part, float)
+            xy = given.reshape(-1, 2)
+            near = np.abs(xy - middle) <= 3 * middle               # NaN is not
+            if len(xy) >= 3 and given.shape[1:] in ((), (2,)) and near.all():
+                found.append(given.ravel().tolist())
+    return found or None
+
+
+def polygons_of(a, size):
+    """An annotation's polygons, a list of (P, 2) yx arrays; none if it is a run-length mask, as
+    crowds are."""
+    mask = mask_of(a, size)
+    parts = mask if isinstance(mask, list) else []
+    return [np.array(xy, np.float32).reshape(-1, 2)[:, ::-1] for xy in parts]
+
+
+def read_annotations(path):
+    """An annotation file -> the dict, and its annotations, Packed while it is read."""
+    packed = Packed()
+
+    def pack(row):
+        if "image_id" not in row:
+            return row
+        packed.append(row)                             # and None takes its place
+
+    truth = read_json(path, hook=pack)
+    if truth["annotations"] != [None] * len(packed):   # others have an image_id, or some have none
+        truth, packed = read_json(path), Packed()
+        for row in truth["annotations"]:
+            packed.append(row)
+    return truth, packed
+
+
+def read_results(path, sizes, categories):
+    """Boxes in COCO's format of results. UserError for what is wrong. sizes: {image id: (height,
+    width)}; categories: {id: row}"""
+    rows, rules = parse_json(path), annotation_rules("det", sizes, categories)
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: expected a list, as in COCO's format of results")
+    rules = {key: rules[key] for key in ("image_id", "category_id", "bbox")}
+    check_rows(path, {"results": rows}, rules | {"score": ("a number", is_number)})
+    return rows
+
+
+def image_sizes(path, truth, image_dir):
+    """{image id: (height, width)} of a file in COCO's format. UserError if what is said about its
     images is wrong; image_dir: the folder that has them, if it is to be looked at."""
     images = truth["images"]
     if image_dir is not None:
         check_folder(image_dir, f"the images of {path}")
-    refuse(path, {
-        f"images lack one of {', '.join(IMAGE_KEYS)}":
-            [image for image in images if not {*IMAGE_KEYS} <= image.keys()],
+    check_rows(path, {"images": images}, {
+        "id": ("a number or text that no other has", once()),
+        "file_name": ("the name of a file", is_text),
+        "height": PIXELS,
+        "width": PIXELS,
     })
-    files = [image["file_name"] for image in images]
-    refuse(path, {
-        "image ids appear twice": twice([image["id"] for image in images]),
-        "category ids appear twice": twice([category["id"] for category in truth["categories"]]),
-        f"images are not in {image_dir}": missing_files(image_dir, files) if image_dir else [],
-    })
+    if not images:
+        raise UserError(f"{path}: no images")
+    if image_dir:
+        refuse(path, {f"images are not in {image_dir}": missing_files(image_dir, images)})
     return {image["id"]: (image["height"], image["width"]) for image in images}
 
 
-def refuse(path, problems):
-    """DataError about a file if there is any {what: names of those}, with the first five names of
-    each."""
-    lines = [f"{path}:"]
-    for what, names in problems.items():
-        if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            lines.append(f"{len(names)} {what}: {', '.join(map(str, names[:5]))}{more}")
-    if lines[1:]:
-        raise DataError("\n  ".join(lines))
-
-
-def read_json(path, lists=("images", "annotations"), hook=None):
-    """An annotation file -> dict with these lists, and that of its categories. hook: what each dict
-    in it becomes."""
-    if not os.path.exists(path):
-        raise DataError(f"{path}: no such file, expected annotations in COCO's JSON format")
+def parse_json(path, hook=None):
+    """What a JSON file holds. hook: what each dict in it becomes. UserError if it is none."""
     content = read_bytes(path)
     try:
         content = content.decode(json.detect_encoding(content))           # frees the bytes
-        truth = json.loads(content, object_hook=hook)
-    except ValueError as e:                            # UnicodeDecodeError, too
-        raise DataError(f"{path}: not JSON ({e})") from e
-    for key in lists:
-        if not isinstance(truth, dict) or not isinstance(truth.get(key), list):
-            raise DataError(f"{path}: expected an object with a list {key!r}, as in COCO's format")
-    return {"categories": []} | truth                  # captions have none
+        return json.loads(content, object_hook=hook)
+    except (ValueError, RecursionError) as e:          # UnicodeDecodeError, too
+        raise UserError(f"{path}: not JSON ({e})") from e
 
 
-def polygons_of(annotation):
-    """An annotation's polygons, a list of (P, 2) yx arrays; none if it is a run-length mask, as
-    crowds are."""
-    parts = annotation.get("segmentation", [])
-    if not isinstance(parts, list):
-        return []
-    return [
-        np.array(xy, np.float32).reshape(-1, 2)[:, ::-1]
-        for xy in parts if len(xy) >= 6]
+def read_json(path, lists=("images", "annotations"), hook=None):
+    """An annotation file -> dict with these lists, and that of its categories. hook: as above."""
+    content = parse_json(path, hook)
+    truth = {"categories": []}                         # captions have none
+    truth |= content if isinstance(content, dict) else {}
+    for key in (*lists, "categories"):
+        if not isinstance(truth.get(key), list):
+            raise UserError(f"{path}: expected an object with a list {key!r}, as in COCO's format")
+    return truth
 
 
-def twice(ids):
-    seen = set()
-    return [i for i in ids if i in seen or seen.add(i)]
-
-
-def missing_files(folder, names):
-    """Those of `names` (paths relative to the folder) that it lacks; lists each folder once, not
-    each file."""
-    present = set()
+def missing_files(folder, rows):
+    """The file names of rows (paths relative to the folder) that it lacks; lists each folder once,
+    not each file."""
+    names, present = [row["file_name"] for row in rows], set()
     for sub in set(map(os.path.dirname, names)):
         path = os.path.join(folder, sub)
-        if os.path.isdir(path):
+        if isdir(path):
             present |= {(sub, file) for file in os.listdir(path)}
     return [name for name in names if os.path.split(name) not in present]
 
 
-def labelled(category, label):
-    """What is kept of a category of a file, and its label."""
-    known = "id", "name", "isthing", "keypoints", "skeleton"
-    return {key: category[key] for key in known if key in category} | {"label": label}
+def read_categories(path, rows, task, known, max_label=0):
+    """{id of a file's category: what is kept of it, and its label}. UserError if something is wrong
+    with them. known, max_label: as of Coco."""
+    rules = {
+        "id": ("a number that no other has", once((int,))),
+        "name": ("text", is_text),
+    }
+    keys = ["id", "name", "isthing"]
+    if task in PER_PERSON:
+        rules["keypoints?"] = "names", lambda v, row: type(v) is list and all(map(is_text, v))
+        rules["skeleton?"] = (
+            "pairs of numbers of keypoints",
+            lambda v, row: all(0 < min(a, b) and max(a, b) <= count_keypoints(row) for a, b in v))
+        keys += ["keypoints", "skeleton"]
+    if task == "pan":
+        rules["isthing"] = IS_CROWD
+    check_rows(path, {"categories": rows}, rules)
+    if task == "pan":                                  # labels count them by id
+        rows.sort(key=lambda row: row["id"])
+    if known:
+        return matched(path, rows, known)
+    labels = itertools.count(1)
+    if task != "pan":
+        labels = assign_labels([row["id"] for row in rows], max_label, path).values()
+    return {
+        row["id"]: without_null({key: row.get(key) for key in keys}) | {"label": label}
+        for row, label in zip(rows, labels)}
+
+
+def matched(path, rows, known):
+    """{id of a file's category: the one of that name among `known`, those of a model}. UserError if
+    there is none. One that a model knows by its number alone may be called anything."""
+    ours = {row["name"]: row for row in known} | {(row["id"], row["name"]): row for row in known}
+    found, strange = {}, []
+    for row in rows:
+        i, name = row["id"], row["name"]
+        found[i] = ours.get((i, name)) or ours.get(name) or ours.get((i, str(i)))
+        if not found[i]:
+            strange.append(repr(name))
+    names = ", ".join(ours["name"] for ours in known[:10])
+    refuse(path, {f"categories are none of the model's, which has {names}": strange})
+    moved = [ours["name"] for i, ours in found.items() if ours["id"] != i]
+    if moved:
+        tokenizer.notice(
+            f"{path}: {len(moved)} categories have other ids, such as {moved[0]}: taken by name")
+    return found
 
 
 def assign_labels(ids, max_label, where):
     """{category id: label in 1..max_label}: ids that can be labels stay, others take the free
     labels from 1 on."""
     if len(ids) > max_label:
-        raise DataError(
-            f"{where}: {len(ids)} categories, but the vocabulary has room for {max_label} (raise "
-            f"coord_shift)")
-    kept = {i for i in ids if isinstance(i, int) and 1 <= i <= max_label}
-    free = (n for n in range(1, max_label + 1) if n not in kept)
-    return {i: i if i in kept else next(free) for i in ids}
+        raise UserError(
+            f"{where}: {len(ids)} categories, there is room for {max_label}: raise coord_shift")
+    possible = range(1, max_label + 1)
+    free = (n for n in possible if n not in ids)
+    return {i: i if i in possible else next(free) for i in ids}
 
 
 # --------------------------------------------------------------------------------------------------
 # panoptic masks of the user's. Records as of ShapeMaps
 
+@dataclass
 class MaskClips(Source):
     """Images and videos with panoptic truth.
 
@@ -1500,16 +1747,20 @@ class MaskClips(Source):
     read:  a map, such as its path -> numbers of segments (H, W) and {number: row}, as in records
     past:  earlier frames that are read to learn from a frame
     """
+    clips: list
+    read: object
+    categories: list
+    past: int = 0
 
-    def __init__(self, clips, read, categories, past=0):
-        self.clips, self.read, self.categories, self.past = clips, read, categories, past
-        self.frames = [(n, t) for n, clip in enumerate(clips) for t in range(len(clip[3]))]
+    def __post_init__(self):
+        self.frames = [(n, t) for n, clip in enumerate(self.clips) for t in range(len(clip[3]))]
+        self.classes = []
 
     def __len__(self):
         return len(self.clips)
 
     def __getitem__(self, i):
-        return self.window(i, 0, len(self.clips[i][3]))
+        return self.window(i, 0, None)
 
     def count(self, task):
         return len(self.frames)
@@ -1522,6 +1773,7 @@ class MaskClips(Source):
     def window(self, n, start, end):
         clip_id, name, images, maps = self.clips[n]
         numbers, rows = zip(*map(self.read, maps[start:end]))
+        check_sizes(name, numbers)
         return {
             "images": [load_image(path, m.shape) for path, m in zip(images[start:end], numbers)],
             "id": clip_id,
@@ -1531,13 +1783,20 @@ class MaskClips(Source):
         }
 
 
-def coco_maps(json_path, masks, image_dir=None, past=0, videos=False, truth_json=""):
+def check_sizes(name, frames):
+    """UserError if frames, arrays or PIL images of a clip, differ in size."""
+    sizes = {np.shape(frame)[:2] for frame in frames}
+    if len(sizes) > 1:
+        raise UserError(f"{name}: frames of different sizes (height, width): {sizes}")
+
+
+def coco_maps(json_path, masks, image_dir=None, past=0, videos=False, truth_json="", known=()):
     """Images with COCO's panoptic format: a JSON file, a folder of PNGs whose colour R + 256 G +
     65536 B is the id of a segment, 0 of none, and the folder of the images, if they are to be read.
     Labels count the categories by id. All is checked here, of more than 2000 images the ids in the
-    PNGs of the first 2000; DataError names each kind of problem, with a few examples and their
-    number.
+    PNGs of the first 2000, as in Coco.
 
+    known:      as of Coco
     videos:     names of images begin with that of their video, and a _
     truth_json: of what the JSON file holds the results; it has the images and categories
     """
@@ -1545,24 +1804,21 @@ def coco_maps(json_path, masks, image_dir=None, past=0, videos=False, truth_json
     if truth_json:
         truth["annotations"] = read_json(json_path, ("annotations",))["annotations"]
     check_folder(masks, f"the PNGs of {json_path}")
-    rows = sorted(truth["categories"], key=lambda row: row["id"])
-    categories = [labelled(row, n) for n, row in enumerate(rows, 1)]
-    label_of = {row["id"]: row["label"] for row in categories}
-    check_coco_maps(json_path, truth, masks, image_dir, label_of.keys())
-    of_image, clips = {a["image_id"]: a for a in truth["annotations"]}, {}
+    category = read_categories(truth_json or json_path, truth["categories"], "pan", known)
+    of_image, clips = check_coco_maps(json_path, truth, masks, image_dir, category), {}
     for image in truth["images"]:
         annotation, clip_id = of_image[image["id"]], image["id"]
-        name = os.path.splitext(image["file_name"])[0]
+        name = splitext(image["file_name"])[0]
         if videos:
             clip_id = name = name.partition("_")[0]
         clip = clips.setdefault(clip_id, (clip_id, name, [], []))
         if image_dir is not None:
             clip[2].append(f"{image_dir}/{image['file_name']}")
         segments = {
-            row["id"]: row | {"category_id": label_of[row["category_id"]]}
+            row["id"]: without_null(row) | {"category_id": category[row["category_id"]]["label"]}
             for row in annotation["segments_info"]}
         clip[3].append((f"{masks}/{annotation['file_name']}", segments))
-    return MaskClips(list(clips.values()), read_listed, categories, past)
+    return MaskClips(list(clips.values()), read_listed, known or list(category.values()), past)
 
 
 def read_listed(listed):
@@ -1572,44 +1828,44 @@ def read_listed(listed):
 
 
 def check_coco_maps(path, truth, masks, image_dir, known):
-    """DataError if maps, their segments or categories (known: ids of these) are wrong."""
-    annotations, sizes = truth["annotations"], image_sizes(path, truth, image_dir)
-    annotated = [a.get("image_id") for a in annotations]
-    refuse(path, {
-        "categories lack isthing": [k["name"] for k in truth["categories"] if "isthing" not in k],
-        "annotations lack one of image_id, file_name, segments_info": [
-            i for i, a in zip(annotated, annotations)
-            if not {"image_id", "file_name", "segments_info"} <= a.keys()],
-        "annotations are of an image_id that no image has": list(set(annotated) - sizes.keys()),
-        "images are annotated twice": twice(annotated),
-        "images have no annotation": sorted(sizes.keys() - set(annotated)),
+    """{id of an image: its annotation}. UserError if maps or their segments (known: ids of
+    categories) are wrong."""
+    sizes, is_new, annotations = image_sizes(path, truth, image_dir), once(), truth["annotations"]
+    check_rows(path, {"annotations": annotations}, {
+        "image_id": ("the id of an image, once", lambda v, row: v in sizes and is_new(v, row)),
+        "file_name": ("the name of a PNG", is_text),
+        "segments_info": ("a list", lambda v, row: type(v) is list),
     })
-    refuse(path, {
-        f"PNGs are not in {masks}": missing_files(masks, [a["file_name"] for a in annotations]),
-        "segments have a category_id that no category has": [
-            f"{row.get('category_id')} ({a['file_name']}, segment {row.get('id')})"
-            for a in annotations for row in a["segments_info"]
-            if row.get("category_id") not in known],
+    segments = {
+        f"annotations[{n}] ({a['file_name']}) segments_info": a["segments_info"]
+        for n, a in enumerate(annotations)}
+    check_rows(path, segments, {
+        "id": ("a whole number above 0", is_size),
+        "category_id": ("the id of a category", lambda v, row: v in known),
+        "iscrowd?": IS_CROWD,
+        "area?": ("a number above 0", lambda v, row: is_number(v) and v > 0),
     })
-    strange, missing = [], []
+    of_image = {a["image_id"]: a for a in annotations}
+    refuse(path, {
+        "images have no annotation": [i for i in sizes if i not in of_image],
+        f"PNGs are not in {masks}": missing_files(masks, annotations),
+    })
     for a in annotations[:2000]:
-        file, (height, width) = a["file_name"], sizes[a["image_id"]]
-        ids = read_ids(f"{masks}/{file}")
-        if ids.shape != (height, width):
-            h, w = ids.shape
-            raise DataError(f"{masks}/{file}: {h}x{w}, its image is {height}x{width}")
-        found = set(np.unique(ids).tolist()) - {0}
-        listed = {row["id"] for row in a["segments_info"]}
-        strange += [f"{i} ({file})" for i in sorted(found - listed)]
-        missing += [f"{i} ({file})" for i in sorted(listed - found)]
-    refuse(path, {
-        "ids in PNGs are not in segments_info": strange,
-        "ids in segments_info are not in their PNG": missing,
-    })
+        file, size = f"{masks}/{a['file_name']}", sizes[a["image_id"]]
+        ids = read_ids(file)
+        if ids.shape != size:
+            raise UserError(f"{file}: height and width are {ids.shape}, of its image {size}")
+        found = {0, *np.unique(ids).tolist()}
+        listed = {0, *(row["id"] for row in a["segments_info"])}
+        refuse(file, {
+            "ids are not in segments_info": sorted(found - listed),
+            "ids in segments_info are not there": sorted(listed - found),
+        })
+    return of_image
 
 
 def read_ids(path):
-    """A PNG -> the number that each pixel's colour is (H, W) int32. DataError if it cannot be read
+    """A PNG -> the number that each pixel's colour is (H, W) int32. UserError if it cannot be read
     or has no colours."""
     pixels = read_png(path, ("RGB", "RGBA"), "colours R + 256 G + 65536 B")
     return pixels[..., :3] @ np.array([1, 1 << 8, 1 << 16], np.int32)
@@ -1617,13 +1873,10 @@ def read_ids(path):
 
 def read_png(path, modes, what):
     """The values of an image of one of these modes of PIL."""
-    try:
-        with Image.open(path) as stored:
-            if stored.mode not in modes:
-                raise DataError(f"{path}: a {stored.mode} image, expected {what}")
-            return np.asarray(stored)
-    except UNREADABLE as e:
-        raise DataError(f"{path}: not a readable PNG ({e})") from e
+    stored = open_image(path)
+    if stored.mode not in modes:
+        raise UserError(f"{path}: a {stored.mode} image, expected {what}")
+    return np.asarray(stored)
 
 
 CITYSCAPES = (
@@ -1637,9 +1890,8 @@ def read_step(path):
     colours = read_ids(path)                           # R + 256 G + 65536 B
     classes, ids = colours & 255, (colours >> 8 & 255) * 256 + (colours >> 16)
     numbers = np.where(classes < len(CITYSCAPES), ids * 256 + classes + 1, 0)
-    things = [1 + CITYSCAPES.index(name) for name in FOLLOWED]
     return numbers, {
-        n: {"category_id": n % 256, "iscrowd": int(n < 256 and n in things)}
+        n: {"category_id": n % 256, "iscrowd": int(n < 256 and CITYSCAPES[n - 1] in FOLLOWED)}
         for n in np.setdiff1d(numbers, 0).tolist()}
 
 
@@ -1659,37 +1911,37 @@ davis_clips = partial(
 
 
 def kitti_step(folder, split, past=0):
-    """a folder with images/SPLIT or training/image_02, and panoptic_maps/SPLIT: PNGs per video"""
+    """KITTI-STEP in a folder as of MASK_LAYOUTS."""
     images = f"{folder}/images/{split}"
-    if not os.path.isdir(images):
+    if not isdir(images):
         images = f"{folder}/training/image_02"
     return step_clips(clip_files(images, f"{folder}/panoptic_maps/{split}"), past=past)
 
 
 def cityscapes_vps(folder, split, past=0):
-    """a folder with panoptic_gt_SPLIT_city_vps.json, SPLIT/panoptic_video and SPLIT/img"""
-    truth, files = f"{folder}/panoptic_gt_{split}_city_vps.json", f"{folder}/{split}"
-    return coco_maps(truth, f"{files}/panoptic_video", f"{files}/img", past, videos=True)
+    """Cityscapes-VPS in a folder as of MASK_LAYOUTS."""
+    return coco_maps(
+        f"{folder}/panoptic_gt_{split}_city_vps.json",
+        f"{folder}/{split}/panoptic_video",
+        f"{folder}/{split}/img",
+        past,
+        videos=True)
 
 
 def davis(folder, split, past=0):
-    """a folder with JPEGImages/480p, Annotations_unsupervised/480p or Annotations/480p, and the
-    names of the videos in ImageSets/2017/SPLIT.txt"""
+    """DAVIS in a folder as of MASK_LAYOUTS."""
     listed = f"{folder}/ImageSets/2017/{split}.txt"
-    if not os.path.exists(listed):
-        raise DataError(f"{listed}: no such file, expected the names of the videos")
+    if not exists(listed):
+        raise UserError(f"{listed}: no such file, expected the names of the videos")
     names = read_bytes(listed).decode().split()
     maps = f"{folder}/Annotations_unsupervised/480p"
-    if not os.path.isdir(maps):
+    if not isdir(maps):
         maps = f"{folder}/Annotations/480p"
     return davis_clips(clip_files(f"{folder}/JPEGImages/480p", maps, names), past=past)
 
 
-VIDEO_MASKS = {"kitti_step": kitti_step, "cityscapes_vps": cityscapes_vps, "davis": davis}
-
-
 def clip_files(images, maps, names=None):
-    """Folders of frames and of maps, per video -> clips of MaskClips. DataError if a frame has no
+    """Folders of frames and of maps, per video -> clips of MaskClips. UserError if a frame has no
     map, a map no frame, or frames in the middle are missing."""
     check_folder(maps, "a folder of PNGs per video")
     clips = []
@@ -1698,21 +1950,22 @@ def clip_files(images, maps, names=None):
         numbers = set(map(int, filter(str.isdecimal, frames)))
         gaps = set(range(min(numbers), max(numbers))) - numbers if numbers else ()
         refuse(f"{images}/{name}", {
-            "frames have no map": sorted(frames.keys() - found.keys()),
-            "maps have no frame": sorted(found.keys() - frames.keys()),
+            "frames have no map": sorted(frames.keys() - found),
+            "maps have no frame": sorted(found.keys() - frames),
             "frames are missing": sorted(gaps),
         })
         clips.append((name, name, list(frames.values()), [found[stem] for stem in frames]))
     if not clips:
-        raise DataError(f"{maps}: no video")
+        raise UserError(f"{maps}: no video")
     return clips
 
 
 def frame_files(folder):
     """{name without its ending: path} of the images in a folder, 9.png before 10.png."""
     check_folder(folder, "the frames of a video")
-    files = sorted(listing(folder)[1], key=len)
-    return {os.path.splitext(file)[0]: f"{folder}/{file}" for file in files}
+    return {
+        splitext(file)[0]: f"{folder}/{file}"
+        for file in sorted(listing(folder)[1], key=len)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1720,14 +1973,14 @@ def frame_files(folder):
 
 class PixelArrays(Source):
     """Images in memory: pixels (N, H, W, C) uint8, labels (N,). Records as of ShapeClips.
-    DataError, naming `where`, if they do not fit."""
+    UserError, naming `where`, if they do not fit."""
 
     def __init__(self, pixels, labels, classes, where="images in memory"):
         if len(pixels) != len(labels):
-            raise DataError(f"{where}: {len(pixels)} images, but {len(labels)} labels")
+            raise UserError(f"{where}: {len(pixels)} images, but {len(labels)} labels")
         low, high = min(labels, default=0), max(labels, default=0)
         if low < -1 or high >= len(classes):
-            raise DataError(
+            raise UserError(
                 f"{where}: labels from {low} to {high}, expected less than {len(classes)}")
         self.pixels, self.labels, self.classes = pixels, labels, list(classes)
 
@@ -1741,33 +1994,33 @@ class PixelArrays(Source):
 def held_out(count, split, every):
     """Which of `count` items are a split's: every `every`-th is held out, beginning with the first,
     but never the only one."""
-    check_split(split, TWO_SPLITS)
+    tokenizer.check_choice(split, TWO_SPLITS, "split")
     is_val = (np.arange(count) % every == 0) & (count > 1)
     return np.flatnonzero(is_val == (split == "val"))
 
 
 def read_bytes(path):
-    """Content of a file, unpacked if it is a .gz. DataError, naming it, if it cannot be read."""
-    opened = gzip.open if str(path).endswith(".gz") else open
+    """Content of a file, unpacked if it is a .gz. UserError, naming it, if it cannot be read."""
+    check_file(path)
+    opened = gzip.open if path.endswith(".gz") else open
     try:
         with opened(path, "rb") as f:
             return f.read()
     except (OSError, EOFError, zlib.error) as e:
-        raise DataError(f"{path}: cannot be read ({e})") from e
+        raise UserError(f"{path}: cannot be read ({e})") from e
 
 
 def load_mnist(folder, split):
     """MNIST, or data in its format -> PixelArrays of (28, 28, 1). val is the t10k part; if no other
-    is there, every tenth image of it is val and the others are train. DataError names the file and
+    is there, every tenth image of it is val and the others are train. UserError names the file and
     what was expected."""
-    check_split(split, TWO_SPLITS)
     kinds = ("images?idx3-ubyte*", "labels?idx1-ubyte*")         # - or . before idx, maybe .gz
     train, t10k = ([find_file(folder, f"{part}-{kind}") for kind in kinds]
                    for part in ("train", "t10k"))
     shared = not any(train)
     images, labels = t10k if shared or split == "val" else train
     if not (images and labels):
-        raise DataError(f"{folder}: no images or labels for {split}, expected {LAYOUTS['mnist']}")
+        raise UserError(f"{folder}: no images or labels for {split}, expected {LAYOUTS['mnist']}")
     pixels = read_idx(images, 3)[..., None]
     targets = read_idx(labels, 1)
     source = PixelArrays(pixels, targets, "0123456789", f"{images}, {labels}")
@@ -1788,15 +2041,15 @@ def read_idx(path, dims):
     """An idx file of bytes -> uint8 array of `dims` dimensions."""
     content, magic = read_bytes(path), bytes([0, 0, 8, dims])
     if content[:4] != magic:
-        raise DataError(
+        raise UserError(
             f"{path}: begins with {content[:4].hex()}, expected {magic.hex()}, an idx file of "
             f"bytes in {dims} dimensions")
     header = 4 + 4 * dims
     shape = [int.from_bytes(content[at:at + 4], "big") for at in range(4, header, 4)]
     expected = header + math.prod(shape)
     if len(content) != expected:
-        sizes = " x ".join(map(str, shape))
-        raise DataError(f"{path}: {len(content)} bytes, expected {expected} for {sizes}")
+        raise UserError(
+            f"{path}: {len(content)} bytes, expected {expected} for {' x '.join(map(str, shape))}")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
@@ -1805,18 +2058,17 @@ CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".
 
 def load_cifar10(folder, split):
     """CIFAR-10's binary version -> PixelArrays of (32, 32, 3); in the folder, or in the one of its
-    archive in there. DataError names the file and what was expected."""
-    check_split(split, TWO_SPLITS)
+    archive in there. UserError names the file and what was expected."""
     names = [f"data_batch_{i}.bin" for i in range(1, 6)]
     rows = []                                          # label, then red, green, blue
     for name in names if split == "train" else ["test_batch.bin"]:
         path = find_file(folder, name, f"cifar-10-batches-bin/{name}")
         if path is None:
-            raise DataError(f"{folder}: no {name}, expected {LAYOUTS['cifar10']}")
+            raise UserError(f"{folder}: no {name}, expected {LAYOUTS['cifar10']}")
         content = np.frombuffer(read_bytes(path), np.uint8)
         most = max(content[::3073], default=0)
         if not len(content) or len(content) % 3073 or most > 9:
-            raise DataError(
+            raise UserError(
                 f"{path}: {len(content)} bytes, labels up to {most}, expected 3073 bytes per image "
                 f"and labels up to 9, as in the CIFAR-10 binary version")
         rows.append(content.reshape(-1, 3073))
@@ -1834,22 +2086,20 @@ class ClipFolder(Source):
     of all, is val and the others are train. Labels count the class folders by name, those of train;
     without class folders they are -1. Frames are sorted by the length of their names, then by name,
     so that 9.png comes before 10.png. Videos that are too short are left out, with a warning.
-    DataError if there is nothing to be found; an unreadable image raises it when it is asked for.
+    UserError if there is nothing to be found; an unreadable image raises it when it is asked for.
     """
 
     def __init__(self, folder, split, size, frames=None):
-        check_split(split)
         self.size, self.frames = tuple(size), frames or 1
         videos = frames is not None
         layout = LAYOUTS["videos" if videos else "images"]
-        divided = any(os.path.isdir(f"{folder}/{name}") for name in SPLITS)
+        divided = any(isdir(f"{folder}/{name}") for name in SPLITS)
         root = f"{folder}/{split}" if divided else folder
         check_folder(root, layout)
         folders, files = listing(root)
         if folders and files and not videos:
-            raise DataError(
-                f"{root}: images such as {files[0]} beside folders such as {folders[0]}, expected "
-                f"{layout}")
+            raise UserError(
+                f"{root}: images such as {files[0]} beside folder {folders[0]}, expected {layout}")
 
         def share(items):
             if divided:
@@ -1858,36 +2108,39 @@ class ClipFolder(Source):
 
         # Of folders of images there is one, or one per video; or that many per class.
         by_class = not any(names for _, names in image_folders(root, depth=videos))
-        train, self.clips = f"{folder}/train", []      # (folder, names of frames, label)
-        self.classes = listing(train if divided else root)[0] if by_class else []
+        self.classes = listing(f"{folder}/train" if divided else root)[0] if by_class else []
+        self.clips, short = [], []                     # (folder, names of frames, label)
         for path, names in image_folders(root, videos + by_class):
-            name = os.path.relpath(path, root).split(os.sep)[0]
+            name = relpath(path, root).split(os.sep)[0]
             if by_class and name not in self.classes:
-                known = ", ".join(self.classes[:5]) or "none"
-                raise DataError(
-                    f"{root}/{name}: a class that is not in {train}, which has {known}")
+                raise UserError(
+                    f"{root}/{name}: a class that is not in {folder}/train, which has "
+                    f"{', '.join(self.classes[:5]) or 'none'}")
             names = sorted(names, key=len) if videos else share(names)
+            if len(names) < self.frames:
+                short.append(path)
+                continue
             self.clips.append((path, names, self.classes.index(name) if by_class else -1))
         if videos:
-            short = [path for path, names, _ in self.clips if len(names) < self.frames]
             if short:
-                warnings.warn(f"{root}: left out {len(short)} of {len(self.clips)} videos, shorter "
-                              f"than {self.frames} frames, such as {short[0]}")
-            self.clips = share([clip for clip in self.clips if len(clip[1]) >= self.frames])
-        windows = [len(names) - self.frames + 1 for _, names, _ in self.clips]
-        self.ends = np.cumsum(windows)
-        if not sum(windows):
+                tokenizer.notice(
+                    f"{root}: left out {len(short)} of {len(short + self.clips)} videos, shorter "
+                    f"than {self.frames} frames, such as {short[0]}")
+            self.clips = share(self.clips)
+        self.windows = np.array([                      # a clip's number, its first frame
+            (n, start) for n, (_, names, _) in enumerate(self.clips)
+            for start in range(len(names) - self.frames + 1)])
+        if not self.clips:
             kind = f"video of {self.frames} frames or more" if videos else "image"
-            raise DataError(f"{root}: no {kind} for {split}, expected {layout}")
+            raise UserError(f"{root}: no {kind} for {split}, expected {layout}")
 
     def __len__(self):
-        return int(self.ends[-1])
+        return len(self.windows)
 
     def __getitem__(self, i):
-        n = np.searchsorted(self.ends, i, side="right")
+        n, start = self.windows[i]
         folder, names, label = self.clips[n]
-        last = len(names) + i - self.ends[n] + 1
-        window = names[last - self.frames:last]
+        window = names[start:start + self.frames]
         frames = [fit_image(f"{folder}/{name}", self.size) for name in window]
         pixels = np.stack(frames) if self.frames > 1 else frames[0]
         return {"pixels": pixels, "label": label}
@@ -1906,19 +2159,20 @@ def listing(folder):
     out."""
     folders, files = [], []
     for entry in os.scandir(folder):
-        if entry.name.startswith("."):
+        name = entry.name
+        if name.startswith("."):
             continue
         if entry.is_dir():
-            folders.append(entry.name)
-        elif entry.name.lower().endswith(IMAGE_KINDS):
-            files.append(entry.name)
+            folders.append(name)
+        elif name.lower().endswith(IMAGE_KINDS):
+            files.append(name)
     return sorted(folders), sorted(files)
 
 
 def fit_image(path, size):
     """An image file -> uint8 (*size, 3): its centre in the shape of `size`, resized (bicubic,
     antialiased)."""
-    return np.asarray(ImageOps.fit(load_image(path), size[::-1], Image.BICUBIC))
+    return np.asarray(ImageOps.fit(load_image(path), size[::-1]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1945,43 +2199,36 @@ def save_grid(pixels, stem, columns=8, side=64, gap=2):
     clips = pixels if pixels.ndim == 5 else pixels[:, None]        # (N, T, H, W, C)
     if clips.shape[-1] == 1:
         clips = clips[..., 0]
-    grids = [
+    return save_film([
         tile(list(map(Image.fromarray, images)), columns, gap)
-        for images in clips.swapaxes(0, 1)]
-    return save_film(grids, stem)
+        for images in clips.swapaxes(0, 1)], stem)
 
 
 def save_film(pictures, stem):
     """One PIL picture -> STEM.png; several -> STEM.gif, 150 ms each. Returns the file's name."""
-    if len(pictures) == 1:
-        pictures[0].save(f"{stem}.png")
-        return f"{stem}.png"
-    pictures[0].save(
-        f"{stem}.gif", save_all=True, append_images=pictures[1:], duration=150, loop=0)
-    return f"{stem}.gif"
+    first, *others = pictures
+    path = f"{stem}.gif" if others else f"{stem}.png"
+    first.save(path, save_all=bool(others), append_images=others, duration=150, loop=0)
+    return path
 
 
+@tokenizer.script
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--export", metavar="DIR", help="write shapes there in COCO's layout")
-    add("--sheet", metavar="FILE", help="draw 32 held-out scenes, a .png")
+    add("--export", metavar="DIR", required=True, help="write shapes there in COCO's layout")
     add("--count", type=int, default=1000, help="training scenes to export, with 500 held-out ones")
     add("--size", type=int, default=64, help="side of a scene or clip in pixels")
     add("--seed", type=int, default=0, help="dataset seed")
     add("--format", choices=["jpg", "png"], default="jpg", help="of the exported images")
     args = parser.parse_args()
-    if args.count < 1 or args.size < 16:
-        parser.error("expected --count of at least 1 and --size of at least 16")
-    if args.export:
-        export_shapes(args.export, args.count, args.size, args.seed, args.format)
-        print(f"wrote {args.export}; next: python train.py --data=coco --data_dir={args.export}")
-    if args.sheet:
-        source, stem = Shapes("val", args.size, seed=args.seed), args.sheet.removesuffix(".png")
-        print("wrote", save_grid(np.stack([source[i]["image"] for i in range(32)]), stem))
-    if not (args.export or args.sheet):
-        parser.print_help()
+    if args.count < 1 or args.size < 16 or args.seed < 0:
+        parser.error("expected --count of at least 1, --size of 16, --seed of 0")
+    if os.path.exists(f"{args.export}/annotations"):
+        raise UserError(f"{args.export}: holds annotations, expected a new folder")
+    export_shapes(args.export, args.count, args.size, args.seed, args.format)
+    print(f"wrote {args.export}; next: python train.py --data=coco --data_dir={args.export}")
 
 
 if __name__ == "__main__":

@@ -23,32 +23,34 @@ Left out: learned variances, higher-order solvers, softmax over one-hot.
     python -m pytest -q tests/test_diffusion.py         # what this file claims, checked
     python -c "import diffusion; print(diffusion.gamma_schedule('sigmoid@-3,3,0.9'))"
 """
-import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import lru_cache, partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+
+from tokenizer import Fraction, NotNegative, Positive, UserError, between, check_choice, frozen
 
 GAMMA_MIN = 1e-9
 PRED_TYPES = ("x", "eps", "v", "x_sigmoid_xent", "x_softmax_xent")     # the reference's; "x" is x0
 SELF_CONDS = ("none", "x", "eps", "auto", "latent", "interface", "latent+interface")
 
 
-@dataclass(frozen=True)
+@frozen
 class DiffusionConfig:
     """What is diffused, and what a network learns about it."""
-    bits: str = ""                      # analog bits: uint8, gray, uint8_s or oneh; empty: colours;
-                                        # ids: class and instance, half of the bits each
-    b_scale: float = 1.0                # data lie in +- this
-    pred_type: str = "eps"              # x, eps, v, x_sigmoid_xent or x_softmax_xent
+    bits: Literal["", "uint8", "gray", "uint8_s", "oneh", "ids"] = ""   # analog bits; ids: of maps
+    b_scale: Positive = 1.0             # data lie in +- this
+    pred_type: Literal[PRED_TYPES] = "eps"      # what the network predicts
     train_schedule: str = "cosine"      # gamma(t): cosine[@S,E,T], sigmoid@S,E,T or simple_linear
     normalize_input: bool = False       # divide what the network sees by its standard deviation
-    self_cond_rate: float = 0.5         # self-conditioning probability
+    self_cond_rate: Fraction = 0.5      # self-conditioning probability
     self_cond_masking: bool = False     # choose examples one by one; else the first of a batch
-    label_drop: float = 0.0             # label dropout probability, for guidance
-    low_noise_weight: float = 1.0       # loss weight in training: min(1 / (1 - gamma), this)
-    instance_weight: float = 0.2        # pan, vps: 1 / pixels of its instance to this power weighs
+    label_drop: Fraction = 0.0          # label dropout probability, for guidance
+    low_noise_weight: between(1, kind=float) = 1.0     # loss weight: min(1 / (1 - gamma), this)
+    instance_weight: NotNegative = 0.2  # pan, vps: 1 / pixels of its instance to this power weighs
 
 
 # --------------------------------------------------------------------------------------------------
@@ -89,7 +91,7 @@ def predict_x0_eps(x_t, gamma, pred, pred_type, b_scale=1.0, rederive_eps=True):
     b_scale:      x0 is clipped to +- this; math.inf leaves it
     rederive_eps: eps explains x_t given the *clipped* x0, as sampling needs; else 'eps' and 'v'
                   give it
-    A prediction of the cross-entropy types is expected analog bits, so x0. ValueError for an
+    A prediction of the cross-entropy types is expected analog bits, so x0. UserError for an
     unknown pred_type.
     """
     check_choice(pred_type, PRED_TYPES, "pred_type")
@@ -113,7 +115,7 @@ def diffusion_loss(pred, pred_type, x0, eps, gamma, b_scale=1.0, groups=1, weigh
     x0, eps: (B, C, ...)
     groups:  of bits, each of which is one class of x_softmax_xent
     weight:  one value per position, x0's shape without C, or None
-    ValueError for an unknown pred_type. In the reference the image model clips x0 and divides by
+    UserError for an unknown pred_type. In the reference the image model clips x0 and divides by
     b_scale in its 'x' loss; the panoptic 'eps' loss ignores the weight.
     """
     check_choice(pred_type, PRED_TYPES, "pred_type")
@@ -134,7 +136,7 @@ def diffusion_loss(pred, pred_type, x0, eps, gamma, b_scale=1.0, groups=1, weigh
 # --------------------------------------------------------------------------------------------------
 # sampling
 
-def ddim_step(x_t, x0, eps, gamma, gamma_next, noise=None):
+def ddim_step(x_t, x0, eps, gamma, gamma_next, noise):
     """The same x0 and eps at the next noise level (2010.02502, eq. 12 with sigma = 0)."""
     return add_noise(x0, gamma_next, eps)
 
@@ -156,7 +158,7 @@ SAMPLERS = {
     "ddim": ddim_step,
     "ddpm": ddpm_step,
     "ddpm@large": ddpm_step,
-    "ddpm@small": functools.partial(ddpm_step, variance="small"),
+    "ddpm@small": partial(ddpm_step, variance="small"),
 }
 
 
@@ -179,13 +181,13 @@ def sample(
     self_cond_decay: weight of the past in a moving average, from zero, of what the network sees.
     generator: draws the noise of DDPM, on x_init's device; step_noise (steps, B, ...) replaces it.
     callback(i, x0, x_t): sees each estimate and the x_t it came from.
-    The loop never waits for the device. ValueError for an unknown name, listing the choices, and
+    The loop never waits for the device. UserError for an unknown name, listing the choices, and
     for steps < 1.
     """
     check_choice(sampler, SAMPLERS, "sampler")
     if steps < 1:
-        raise ValueError(f"sample_steps must be at least 1, got {steps}")
-    t = 1 - torch.arange(steps, device=x_init.device, dtype=x_init.dtype) / steps
+        raise UserError(f"sample_steps must be at least 1, got {steps}")
+    t = 1 - x_init.new_tensor(range(steps)) / steps
     t_next = (t - (1 + td) / steps).clamp(min=0)
     gammas, gammas_next = map(gamma_schedule(schedule), (t, t_next))
 
@@ -197,7 +199,7 @@ def sample(
             null_pred, _ = denoise(x_t, seen, state, **(null_cond or {}))
             pred = pred * (1 + guidance) - null_pred * guidance
         x0, eps = predict_x0_eps(x_t, gamma, pred, pred_type, b_scale)
-        if callback is not None:
+        if callback:
             callback(i, x0, x_t)
         new = next_self_cond(self_cond, pred_type, x0, eps, hidden)
         state = moving_average(state, new, self_cond_decay)
@@ -224,7 +226,7 @@ def next_self_cond(self_cond, pred_type, x0, eps, hidden):
         self_cond = "eps" if pred_type == "eps" else "x"
     estimates = {"none": None, "x": x0, "eps": eps}
     if self_cond not in estimates and hidden is None:
-        raise ValueError(f"self_cond {self_cond!r} needs a denoiser that returns a hidden state")
+        raise UserError(f"self_cond {self_cond!r} needs a denoiser that returns a hidden state")
     return estimates.get(self_cond, hidden)
 
 
@@ -264,8 +266,7 @@ def denoising_losses(network, batch, c, t=None, generator=None):
         cond["labels"] = cond["labels"].masked_fill(dropped, -1)
     x_t, eps, gamma = diffuse(x0, d.train_schedule, t, generator)
     state = self_cond_for_training(as_denoiser(network, c), x_t, gamma, cond, c, generator)
-    denoise = as_denoiser(network, c, logits=True)
-    pred, _ = denoise(x_t, gamma, state, **cond)
+    pred, _ = as_denoiser(network, c, logits=True)(x_t, gamma, state, **cond)
     losses = diffusion_loss(
         pred, d.pred_type, x0, eps, gamma, d.b_scale, c.model.softmax_groups, weight)
     if network.training:
@@ -365,20 +366,14 @@ def self_cond_for_training(denoise, x_t, gamma, cond, c, generator=None):
 # --------------------------------------------------------------------------------------------------
 # small tools
 
-def check_choice(value, choices, what):
-    """ValueError, with the choices, for a value that is none of them."""
-    if value not in choices:
-        raise ValueError(f"unknown {what} {value!r}; choices: {', '.join(choices)}")
-
-
 def normal(x, generator):
     """Standard normal noise shaped like x."""
-    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    return x.new_empty(x.shape).normal_(generator=generator)
 
 
 def uniform(x, generator):
     """(B,) random numbers in [0, 1), one per example of x (B, ...)."""
-    return torch.rand(len(x), generator=generator, device=x.device, dtype=x.dtype)
+    return x.new_empty(len(x)).uniform_(generator=generator)
 
 
 def to_channels(x):
@@ -403,12 +398,15 @@ def moving_average(past, new, decay):
 # --------------------------------------------------------------------------------------------------
 # noise schedules gamma(t)
 
-def falling(curve, t, start, end):
-    """The piece of a curve from `start` (t = 0) to `end` (t = 1), rescaled to fall from 1 to 0."""
-    y = curve(t * (end - start) + start)
-    first = curve(t.new_full((), start))
-    last = curve(t.new_full((), end))
-    return (y - last) / (first - last)
+def falling(curve):
+    """A curve -> gamma(t, start, end, ...): its piece from `start` (t = 0) to `end` (t = 1),
+    rescaled to fall from 1 to 0."""
+    def gamma(t, start, end, *parameters):
+        y = curve(t * (end - start) + start, *parameters)
+        first, last = curve(t.new_tensor([start, end]), *parameters)
+        return (y - last) / (first - last)
+
+    return gamma
 
 
 def shifted_cosine(t):
@@ -416,23 +414,22 @@ def shifted_cosine(t):
     return (t * (math.pi / 2)).cos().square()
 
 
-def cosine(t, start, end, tau):
-    def curve(u):
-        # In float32 cos(pi/2) is a little below zero, and a fractional power of that is NaN.
-        y = (u * (math.pi / 2)).cos()
-        return y.clamp(min=0) ** (2 * tau)
-
-    return falling(curve, t, start, end)
+@falling
+def cosine(u, tau):
+    # In float32 cos(pi/2) is a little below zero, and a fractional power of that is NaN.
+    y = (u * (math.pi / 2)).cos()
+    return y.clamp(min=0) ** (2 * tau)
 
 
-def sigmoid(t, start, end, tau):
-    return falling(lambda u: (u / tau).sigmoid(), t, start, end)
+@falling
+def sigmoid(u, tau):
+    return (u / tau).sigmoid()
 
 
 def log(t, start, end, reverse):
     if reverse:
         start, end = end, start
-    return falling(torch.log, t, start, end)
+    return falling(torch.log)(t, start, end)
 
 
 def flag(text):
@@ -448,12 +445,12 @@ SCHEDULES = {                          # how the name is written: the function, 
 }
 
 
-@functools.lru_cache
+@lru_cache
 def gamma_schedule(name):
     """The schedule called `name`, such as "cosine" or "sigmoid@-3,3,0.9" (2301.10972).
 
     Returns gamma(t): float tensor t in [0, 1], any shape -> gamma in [1e-9, 1], same shape.
-    ValueError, with the choices, for an unknown name, a wrong number or kind of parameters, and
+    UserError, with the choices, for an unknown name, a wrong number or kind of parameters, and
     parameters that make no falling curve. In the reference a name need only start right, "cosine"
     is not clipped, and "log" is clipped at 0.
     """
@@ -473,7 +470,7 @@ def gamma_schedule(name):
         first, middle, last = gamma(torch.tensor([0.0, 0.5, 1.0])).tolist()
         if first > last and first >= middle >= last:                           # False for NaN
             return gamma
-    raise ValueError(f"unknown schedule {name!r}; choices: {'  '.join(SCHEDULES)}")
+    raise UserError(f"unknown schedule {name!r}; choices: {'  '.join(SCHEDULES)}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -507,9 +504,8 @@ def x0_to_pixels(x0, c):
     becomes the last one."""
     d = c.diffusion
     if d.bits == "ids":
-        maps = bits_to_panoptic(
-            x0, len(c.categories) + 1, c.data.max_segments, c.model.channels // 2)
-        return maps.byte()
+        return bits_to_panoptic(
+            x0, len(c.categories) + 1, c.data.max_segments, c.model.channels // 2).byte()
     if d.bits:
         colours = bits_to_rgb(x0, d.bits)
     else:
@@ -562,15 +558,16 @@ def softmax_xent(logits, x0, groups):
 
 # A random permutation of 0..255, so that near colours get unrelated words ("uint8 (rand)" in
 # 2208.04202): np.random.RandomState(42).permutation(256), which checkpoints need.
-SHUFFLE = bytes.fromhex(
-    "e4064fce75b9f2a7091eb4dee6d98844c70f6018eb137898217cfdd00aa4b861"
-    "94bedf1956124b89c4b0efb52d421043d7c9b1268f5437dc688b7f3c65acf57e"
-    "e1906cb249729e458d6d73f671f35a1daa526f0538849aa241ba55dbed1f0c23"
-    "1c2a70167d5dadfb33f05f92cc4c29779b4e961af7a876c18c00024d2e64cd9f"
-    "b7fe62243dc88e0bfae01be7047a2093b68a3e8780e8c246c5402ca59c287b99"
-    "17c0f95127f42f5ec3a12b91af03693585e9c6ee31a35022d307abd86e5b53e5"
-    "ea59080d3bdd8311a648e286d1ec3f366b32d4aed5bdfccfe3a93ada30581539"
-    "cba0f8bbbf81259df1013495829767637457ca4ad6d279ff14bc476a0e5cb366")
+SHUFFLE = bytes.fromhex("""
+    e4064fce75b9f2a7091eb4dee6d98844c70f6018eb137898217cfdd00aa4b861
+    94bedf1956124b89c4b0efb52d421043d7c9b1268f5437dc688b7f3c65acf57e
+    e1906cb249729e458d6d73f671f35a1daa526f0538849aa241ba55dbed1f0c23
+    1c2a70167d5dadfb33f05f92cc4c29779b4e961af7a876c18c00024d2e64cd9f
+    b7fe62243dc88e0bfae01be7047a2093b68a3e8780e8c246c5402ca59c287b99
+    17c0f95127f42f5ec3a12b91af03693585e9c6ee31a35022d307abd86e5b53e5
+    ea59080d3bdd8311a648e286d1ec3f366b32d4aed5bdfccfe3a93ada30581539
+    cba0f8bbbf81259df1013495829767637457ca4ad6d279ff14bc476a0e5cb366
+""")
 RGB_CODES = {"uint8": 8, "gray": 8, "uint8_s": 8, "oneh": 256}                 # channels per colour
 
 
@@ -588,7 +585,7 @@ def rgb_to_bits(image, code="uint8", b_scale=1.0):
     """Colours in [0, 1] -> float32 analog bits, colour by colour: (B, C, ...) ->
     (B, C * RGB_CODES[code], ...).
 
-    Codes: "uint8" binary, "gray" reflected Gray, "uint8_s" shuffled, "oneh" one-hot. ValueError for
+    Codes: "uint8" binary, "gray" reflected Gray, "uint8_s" shuffled, "oneh" one-hot. UserError for
     others.
     """
     check_choice(code, RGB_CODES, "RGB code")
@@ -600,7 +597,7 @@ def rgb_to_bits(image, code="uint8", b_scale=1.0):
 
 
 def bits_to_rgb(bits, code="uint8"):
-    """Inverse of rgb_to_bits: float32 multiples of 1/255 in [0, 1]. ValueError for other codes."""
+    """Inverse of rgb_to_bits: float32 multiples of 1/255 in [0, 1]. UserError for other codes."""
     check_choice(code, RGB_CODES, "RGB code")
     if code == "oneh":
         pixels = bits.unflatten(1, (-1, 256)).argmax(2)
@@ -616,8 +613,7 @@ def bits_to_rgb(bits, code="uint8"):
 def bits_to_panoptic(bits, num_classes, max_instances, n_bits=8):
     """Analog bits (B, 2 * n_bits, ...) -> (B, 2, ...) int64: class and instance id, each capped."""
     classes, ids = bits_to_ints(bits, n_bits).unbind(1)
-    classes = classes.clamp(max=num_classes - 1)
-    return torch.stack([classes, ids.clamp(max=max_instances - 1)], 1)
+    return torch.stack([classes.clamp(max=num_classes - 1), ids.clamp(max=max_instances - 1)], 1)
 
 
 def generate_maps(network, c, frames, generator=None, noise=None, callback=None):
@@ -628,37 +624,35 @@ def generate_maps(network, c, frames, generator=None, noise=None, callback=None)
     callback: callback(frame, map (B, 2, h, w)) sees the noise, and then every estimate
     Returns uint8 (B, T, 2, h, w): class and instance id of each pixel.
     """
-    m, maps, later = c.model, [], c.sampling.later_steps or c.sampling.sample_steps
+    m, later = c.model, c.sampling.later_steps or c.sampling.sample_steps
+    none = frames.new_zeros((len(frames), 2, *m.sample_size), dtype=torch.uint8)
+    maps = [none] * m.past_frames
     for n, images in enumerate(frames.unbind(1)):
         past = None
         if m.past_frames:
-            none = images.new_zeros((len(images), 2, *m.sample_size), dtype=torch.uint8)
-            past = torch.cat(([none] * m.past_frames + maps)[-m.past_frames:], 1)
-            past = pixels_to_x0(past, c)
+            past = pixels_to_x0(torch.cat(maps[-m.past_frames:], 1), c)
         maps.append(generate(
             network,
             c,
             len(images),
             network.encode(images, past),
             generator,
-            callback and functools.partial(callback, n),
+            callback and partial(callback, n),
             None if noise is None else noise[n],
         ))
         c = replace(c, sampling=replace(c.sampling, sample_steps=later))
-    return torch.stack(maps, 1)
+    return torch.stack(maps[m.past_frames:], 1)
 
 
-def instance_weights(ids, power=0.2, max_instances=256):
+def instance_weights(ids, power):
     """Loss weight of each pixel, so that small instances count (2210.06366): 1 / (pixels of its
-    instance + 1) to `power`, with mean 1 in each image. ids int64 (B, H, W) in [0, max_instances)
-    -> float32."""
+    instance + 1) to `power`, with mean 1 in each image. ids int64 (B, H, W) in [0, 256) ->
+    float32."""
     flat = ids.flatten(1)                                                      # (B, H * W)
     ones = torch.ones(flat.shape, device=ids.device)
-    counts = ones.new_zeros(len(ids), max_instances)
-    counts.scatter_add_(1, flat, ones)
+    counts = ones.new_zeros(len(ids), 256).scatter_add(1, flat, ones)
     weight = (counts.gather(1, flat) + 1) ** -power
-    weight = weight / weight.mean(1, keepdim=True)
-    return weight.view(ids.shape)
+    return (weight / weight.mean(1, keepdim=True)).view(ids.shape)
 
 
 def majority_vote(classes, ids, min_pixels=0, split_pixels=0):

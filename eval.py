@@ -24,12 +24,12 @@ import re
 import shutil
 import sys
 import time
-import warnings
 import zipfile
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
-from itertools import compress, zip_longest
+from itertools import compress, pairwise, zip_longest
+from typing import Literal
 
 import numpy as np
 import torch
@@ -45,36 +45,39 @@ import sample
 import tokenizer
 from model import Device, image_tokens
 from sample import PREDICT, Inputs, predict
+from tokenizer import Count, Natural, UserError, frozen
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)             # times t at which the loss of generation is taken
 TOGETHER = ["det", "seg"]                      # masks are of the boxes that detection found
 
 
-def evaluate(model, c, split, device, tasks=None, limit=None, boxes="own", truth=False, **options):
+def evaluate(model, c, split, device, tasks=None, limit=None, boxes="", truth=False, **options):
     """Predicts a split of the model's data and scores the predictions.
 
     limit:   only so many items, and no proxy classifier: a look in between
-    boxes:   what seg and kpt are asked about: "own" detections, "truth", or {image_id: objects}
+    boxes:   what seg and kpt are asked about: "own" detections, "truth", or {image_id: objects};
+             "": its own where the model detects, else the truth
     truth:   decode the encoded truth in place of predictions: the ceiling that tokens set
     options: batch_size, workers and seed, see `predict_items`
     Returns {task: {name: number}}, empty on all processes but the first, and {task: {item:
     prediction}}. The first number of a task, the more the better, chooses the best checkpoint.
-    DataError if no item can be read.
+    UserError if no item can be read.
     """
+    boxes = boxes or ("own" if "det" in c.data.tasks else "truth")
     if limit:
         c = sample.changed(c, proxy_classifier=False)
     metrics, predictions = {}, {}
     passes = [[task] for task in SCORE]
     if boxes == "own" and not truth:
-        passes = [TOGETHER] + [group for group in passes if group[0] not in TOGETHER]
+        passes[:2] = [TOGETHER]                        # det and seg are the first two
     for group in passes:
         group = [task for task in group if task in (tasks or c.data.tasks)]
         if not group:
             continue
         source = data.make_source(c, split, group[0])
         items = ITEMS[group[0]](source, c)[:limit or None]
-        table = TRUTH if truth else PREDICT
-        found = predict_items(model, source, items, c, group, device, table, boxes, **options)
+        found = predict_items(
+            model, source, items, c, group, device, TRUTH if truth else PREDICT, boxes, **options)
         for task in group:
             predictions[task] = found
             if device.first:
@@ -98,7 +101,11 @@ def predict_items(
         records = {
             item.get("image_id", n): item
             for n, item in enumerate(batch, start) if not isinstance(item, str)}
-        objects = prompt_objects(records, boxes, source) if {"seg", "kpt"} & set(tasks) else None
+        objects = None                                 # that seg and kpt are asked about
+        if boxes != "own" and {"seg", "kpt"} & set(tasks):
+            objects = [
+                sample.true_objects(record, source.categories) if boxes == "truth"
+                else boxes.get(key, []) for key, record in records.items()]
         generator = device.generator(seed * 1_000_003 + start)
         inputs = Inputs(list(records.values()), c, objects, generator, LEVELS)
         with device.autocast():
@@ -113,7 +120,7 @@ def predict_items(
         tqdm.write(f"warning: left out of the evaluation: {message}", file=sys.stderr)
     if not found:
         reason = left_out[0] if left_out else "the split is empty"
-        raise data.DataError(f"no item to evaluate for {', '.join(tasks)}: {reason}")
+        raise UserError(f"no item to evaluate for {', '.join(tasks)}: {reason}")
     return found
 
 
@@ -135,15 +142,14 @@ COCO_TASKS = {
 def score_objects(task, predictions, source, c, device):
     """COCO's average precision and recall. No predictions give AP 0; a number for which the truth
     has no object is -1, as in pycocotools."""
-    truth = source.truth(task)
-    known = {category["id"] for category in truth["categories"]}
-    results = [r for r in coco_results(task, predictions) if r["category_id"] in known]
-    return average_precision(truth, results, list(predictions), task) | {"images": len(predictions)}
+    results = coco_results(task, predictions)
+    return average_precision(source.truth(task), results, predictions, task) | {
+        "images": len(predictions)}
 
 
 def coco_results(task, predictions):
     """Predictions -> a list in COCO's format of results."""
-    _, _, key, score = COCO_TASKS[task]
+    *_, key, score = COCO_TASKS[task]
     return [
         {"image_id": i, "category_id": obj["category_id"], key: obj[key], "score": obj[score]}
         for i, prediction in predictions.items()
@@ -159,8 +165,10 @@ def score_captions(predictions, source, c, device):
     for annotation in source.truth("cap")["annotations"]:
         references.setdefault(annotation["image_id"], []).append(annotation["caption"].strip())
     written = {i: p["caption"] for i, p in predictions.items() if i in references}
-    exact = sum(text in references[i] for i, text in written.items()) / max(len(written), 1)
+    if not written:
+        return dict.fromkeys((*CAPTION_METRICS, "exact"), -1.0)    # nothing to find
     scores = caption_scores(written, references)
+    exact = sum(text in references[i] for i, text in written.items()) / len(written)
     return scores | {"exact": round(exact, 5), "images": len(written)}
 
 
@@ -177,14 +185,15 @@ def score_samples(predictions, source, c, device):
     frame_error      mean square error of predicted frames, colours in [0, 1]; copy_error: of
                      repeating the last context frame
     """
-    pixels, labels, losses = columns(predictions, "losses")
+    pixels, labels, losses = columns(predictions)
     first = c.model.cond_frames                        # where a clip's predicted frames begin
     loss = float(losses.mean())
-    metrics = {"minus_loss": -loss, "loss": loss}
-    metrics |= quality(pixels[:, first:], labels, source, c, device)
+    metrics = {"minus_loss": -loss, "loss": loss} | quality(
+        pixels[:, first:], labels, source, c, device)
     if first:
         items = random_items(source, c)
-        past, guess = pixels[:, first - 1:first] / 255, pixels[:, first:] / 255
+        past = pixels[:, first - 1:first] / 255
+        guess = pixels[:, first:] / 255
         future = np.stack([source[items[n]]["pixels"][first:] for n in predictions]) / 255
         metrics["frame_error"] = float(np.square(guess - future).mean())
         metrics["copy_error"] = float(np.square(past - future).mean())
@@ -193,24 +202,24 @@ def score_samples(predictions, source, c, device):
     return metrics | {"samples": len(pixels)}
 
 
-def columns(predictions, last):
-    """Pixels and labels of all samples, and what is named."""
-    keys = "pixels", "label", last
-    return [np.stack([said[key] for said in predictions.values()]) for key in keys]
+def columns(predictions):
+    """Of all samples pixels, labels, and losses or bits."""
+    return map(np.stack, zip(*(said.values() for said in predictions.values())))
 
 
 def quality(pixels, labels, source, c, device):
     """What the proxy classifier and the Inception network say of samples, where they are asked."""
-    train, scores = data.make_source(c, "train", c.data.tasks[0]), {}
-    if c.sampling.proxy_classifier and train.classes:
+    train = data.make_source(c, "train", c.data.tasks[0])
+    scores = {}
+    s = c.sampling
+    if s.proxy_classifier and train.classes:
         scores |= proxy_scores(pixels, labels, source, train, c, device)
-    if c.sampling.inception:
-        network = Inception(c.sampling.inception, device)
-        scores |= network_scores(network, "fid", pixels, train, c)
-    if c.sampling.i3d:
+    if s.inception:
+        scores |= network_scores(Inception(s.inception, device), "fid", pixels, train, c)
+    if s.i3d:
         if pixels.ndim != 5:
-            raise ValueError(f"--i3d={c.sampling.i3d}: FVD is of videos, this model makes images")
-        scores |= network_scores(I3D(c.sampling.i3d, device), "fvd", pixels, train, c)
+            raise UserError(f"--i3d={s.i3d}: FVD is of videos, this model makes images")
+        scores |= network_scores(I3D(s.i3d, device), "fvd", pixels, train, c)
     return scores
 
 
@@ -222,11 +231,13 @@ def score_written(predictions, source, c, device):
                                its place in training images: a ceiling
     class_accuracy and so on   see `score_samples`
     """
-    pixels, labels, bits = columns(predictions, "bits")
+    pixels, labels, bits = columns(predictions)
     bits = float(bits.mean())
-    metrics = {"minus_bits": -bits, "bits_per_dim": bits}
-    metrics["histogram_bits"] = histogram_bits(source, c, len(pixels))
-    return metrics | quality(pixels, labels, source, c, device) | {"samples": len(pixels)}
+    return {
+        "minus_bits": -bits,
+        "bits_per_dim": bits,
+        "histogram_bits": histogram_bits(source, c, len(pixels)),
+    } | quality(pixels, labels, source, c, device) | {"samples": len(pixels)}
 
 
 def histogram_bits(source, c, count):
@@ -235,16 +246,15 @@ def histogram_bits(source, c, count):
         return image_tokens(torch.from_numpy(pixels).movedim(-1, 1), c.model).flatten(1)
 
     seen = tokens_of(data.make_source(c, "train", "ar"), PROXY_IMAGES)
-    held = tokens_of(source, count)
     counts = F.one_hot(seen, c.model.levels).sum(0) + 1                # (T, levels); none is 0
     share = counts / counts.sum(1, keepdim=True)
-    return -share.log2().gather(1, held.T).mean().item()
+    return -share.log2().gather(1, tokens_of(source, count).T).mean().item()
 
 
 def score_maps(predictions, source, c, device):
     """PQ, SQ and RQ, see `panoptic_quality`."""
-    scores = panoptic_quality(beside_truth(predictions, source), source.categories)
-    return scores | {"images": len(predictions)}
+    return panoptic_quality(beside_truth(predictions, source), source.categories) | {
+        "images": len(predictions)}
 
 
 def score_clips(predictions, source, c, device):
@@ -278,10 +288,8 @@ def overlaps(*maps):
     """Maps of one shape, of numbers from 0 on -> Counter: of the pixels that have each tuple of
     values, at one place one of each map."""
     sizes = [int(m.max(initial=0)) + 1 for m in maps]
-    places = np.ravel_multi_index([m.ravel() for m in maps], sizes)
-    values, counts = np.unique(places, return_counts=True)
-    values = np.stack(np.unravel_index(values, sizes), 1).tolist()
-    return Counter(dict(zip(map(tuple, values), counts.tolist())))
+    values, counts = np.unique(np.ravel_multi_index(maps, sizes), return_counts=True)
+    return Counter(dict(zip(zip(*np.unravel_index(values, sizes)), counts.tolist())))
 
 
 def match_segments(totals, truth, truth_rows, found, found_rows):
@@ -289,19 +297,22 @@ def match_segments(totals, truth, truth_rows, found, found_rows):
     positives, false negatives]} (1801.00868, section 4.1). Segments match if their IoU is above a
     half. Of what is found, pixels without truth do not count; where most of it has none, or is of a
     crowd of its category, it is no false positive."""
-    shared = overlaps(truth, found)
-    areas = {f: n for (f,), n in overlaps(found).items() if f in found_rows}
-    sizes = {
-        t: truth_rows[t].get("area", n) for (t,), n in overlaps(truth).items() if t in truth_rows}
-    crowds = {                                         # of several of a category, the last
-        row["category_id"]: t for t, row in truth_rows.items() if row.get("iscrowd") and t in sizes}
-    missed = {t for t in sizes if not truth_rows[t].get("iscrowd")}
-    wrong = set(areas)
+    shared, sizes, areas = overlaps(truth, found), overlaps(truth), overlaps(found)
+    wrong = {f for f in found_rows if areas[f,]}
+    missed = set()
+    crowds = {}
+    for t, row in truth_rows.items():
+        if sizes[t,] and row.get("iscrowd"):
+            crowds[row["category_id"]] = t             # of several of a category, the last
+        elif sizes[t,]:
+            missed.add(t)
     for (t, f), n in shared.items():
-        row, other = truth_rows.get(t, {}), found_rows.get(f)
-        if row.get("iscrowd") or not other or row.get("category_id") != other["category_id"]:
+        if t not in truth_rows or f not in found_rows:
             continue
-        iou = n / (sizes[t] + areas[f] - n - shared[0, f])
+        row = truth_rows[t]
+        if row.get("iscrowd") or row["category_id"] != found_rows[f]["category_id"]:
+            continue
+        iou = n / (row.get("area", sizes[t,]) + areas[f,] - n - shared[0, f])
         if iou > 0.5:
             totals[row["category_id"]] += iou, 1, 0, 0
             missed.discard(t)
@@ -310,7 +321,7 @@ def match_segments(totals, truth, truth_rows, found, found_rows):
         totals[truth_rows[t]["category_id"]] += 0, 0, 0, 1
     for f in wrong:
         category = found_rows[f]["category_id"]
-        if shared[0, f] + shared[crowds.get(category), f] <= areas[f] / 2:
+        if shared[0, f] + shared[crowds.get(category), f] <= areas[f,] / 2:
             totals[category] += 0, 0, 1, 0
 
 
@@ -319,63 +330,70 @@ def panoptic_quality(pairs, categories):
     of stuff, and of each. categories: rows {label, name, isthing}"""
     totals = {row["label"]: np.zeros(4) for row in categories}
     for truth, found in pairs:
-        for frames in zip(truth["maps"], found["maps"]):
-            match_segments(totals, frames[0], truth["segments"], frames[1], found["segments"])
-    scores, metrics = {}, {}
-    for category, (iou, right, wrong, missed) in totals.items():
+        for t, f in zip(truth["maps"], found["maps"]):
+            match_segments(totals, t, truth["segments"], f, found["segments"])
+    scores = {}
+    of_each = {}
+    metrics = {}
+    for row, (iou, right, wrong, missed) in zip(categories, totals.values()):
         if right + wrong + missed:
-            segmentation, recognition = iou / max(right, 1), right / (right + (wrong + missed) / 2)
-            scores[category] = segmentation * recognition, segmentation, recognition
+            segmentation = iou / max(right, 1)
+            recognition = right / (right + (wrong + missed) / 2)
+            quality = segmentation * recognition
+            scores[row["label"]] = quality, segmentation, recognition
+            of_each[f"PQ_{row['name'].replace(' ', '_')}"] = float(quality)
     things = {row["label"] for row in categories if row["isthing"]}
     groups = {"": totals, "_things": things, "_stuff": totals.keys() - things}
     for name, chosen in groups.items():
         rows = [scores[category] for category in chosen if category in scores]
         means = np.mean(rows or [(0.0, 0.0, 0.0)], 0).tolist()
         metrics |= {kind + name: mean for kind, mean in zip(("PQ", "SQ", "RQ"), means)}
-    names = {row["label"]: row["name"].replace(" ", "_") for row in categories}
-    return metrics | {f"PQ_{names[k]}": float(quality) for k, (quality, *_) in scores.items()}
+    return metrics | of_each
 
 
 # --------------------------------------------------------------------------------------------------
 # panoptic masks of videos
 
-def classes_and_ids(pair):
-    """Of truth and of what was found: classes and instance ids, (2, T, H, W) each."""
+def iou(a, b, shared):
+    """Of the pixels that are a in one map and those that are b in another, of their `overlaps`."""
+    union = sum(n for (t, f), n in shared.items() if t == a or f == b)
+    return shared[a, b] / union if union else 1.0
+
+
+def classes_and_ids(pair, categories):
+    """Of truth and of what was found: classes, instance ids, and whether the class is one of
+    things, (2, T, H, W) each."""
     maps = [sample.true_map(record["maps"], record["segments"]) for record in pair]
-    return np.moveaxis(maps, 2, 0)
+    classes, ids = np.moveaxis(maps, 2, 0)
+    things = [row["label"] for row in categories if row["isthing"]]
+    return classes, ids, np.isin(classes, things)
 
 
 def tracking_quality(pairs, categories):
     """STQ, AQ and SQ of clips (2102.11859, section 4.2). The tracks of things count, but crowds,
     and pixels without truth, nowhere."""
-    things = [row["label"] for row in categories if row["isthing"]]
-    tracks, association, confusion = 0, 0.0, Counter()
+    tracks = 0
+    association = 0.0
+    confusion = Counter()
     for pair in pairs:
-        (t_class, f_class), (t_id, f_id) = classes_and_ids(pair)
-        confusion += overlaps(t_class, f_class)
-        thing = np.isin(t_class, things)
-        crowd = thing & (t_id == 0)
-        ours, theirs = thing & ~crowd, np.isin(f_class, things) & ~crowd
+        (t_class, f_class), (t_id, f_id), (t_thing, f_thing) = classes_and_ids(pair, categories)
+        known = t_class > 0
+        confusion += overlaps(t_class[known], f_class[known])
+        crowd = t_thing & (t_id == 0)
+        ours = t_thing & ~crowd
+        theirs = f_thing & ~crowd
         both = ours & theirs
         sizes = overlaps(t_class[ours], t_id[ours])
         lengths = overlaps(f_class[theirs], f_id[theirs])
         shared = overlaps(t_class[both], t_id[both], f_class[both], f_id[both])
         for pair, n in shared.items():
-            union = sizes[pair[:2]] + lengths[pair[2:]] - n
-            association += n * n / union / sizes[pair[:2]]
+            size = sizes[pair[:2]]
+            association += n * n / (size + lengths[pair[2:]] - n) / size
         tracks += len(sizes)
-    seen = {pair: n for pair, n in confusion.items() if pair[0]}
-    ious = []
-    for k in {k for pair in seen for k in pair}:
-        union = sum(n for pair, n in seen.items() if k in pair)
-        ious.append(seen.get((k, k), 0) / union)
-    quality, segmentation = association / max(tracks, 1), sum(ious) / max(len(ious), 1)
+    ious = [iou(k, k, confusion) for k in {k for pair in confusion for k in pair}]
+    quality = association / max(tracks, 1)
+    segmentation = sum(ious) / max(len(ious), 1)
     return {"STQ": math.sqrt(quality * segmentation), "AQ": quality, "SQ": segmentation}
-
-
-def iou(a, b, shared, areas, lengths):
-    union = areas[a,] + lengths[b,] - shared[a, b]
-    return shared[a, b] / union if union else 1.0
 
 
 def best_assignment(scores):
@@ -384,7 +402,8 @@ def best_assignment(scores):
     goes then, and so on, gives most (Bellman-Ford)."""
     owner = np.full(scores.shape[1], -1)
     for row, gain in enumerate(scores.copy()):
-        taker, left = np.full_like(owner, row), np.full_like(owner, -1)
+        taker = np.full_like(owner, row)
+        left = np.full_like(owner, -1)
         for j in np.flatnonzero(owner >= 0).tolist() * row:
             moved = gain[j] - scores[owner[j], j] + scores[owner[j]]
             better = moved > gain + 1e-12
@@ -392,22 +411,22 @@ def best_assignment(scores):
         j = np.where(owner < 0, gain, -np.inf).argmax()
         while j >= 0:
             owner[j], j = taker[j], left[j]
-    return np.array([np.flatnonzero(owner == row)[0] for row in range(len(scores))], int)
+    return owner.argsort()[len(owner) - len(scores):]  # behind the columns of no row
 
 
 def boundary(mask):
     """Pixels of a bool mask (H, W) that differ from those to the right of them or below."""
-    padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
-    neighbours = np.stack([padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]])
+    padded = np.pad(mask, (0, 1), "edge")
+    neighbours = padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]
     return (mask != neighbours).any(0)
 
 
 def dilate(mask, radius):
     """A bool mask (H, W), grown by a disk."""
-    y, x = np.ogrid[-radius:radius + 1, -radius:radius + 1]
-    disk = torch.from_numpy(y * y + x * x <= radius ** 2)[None, None].float()
-    near = F.conv2d(torch.from_numpy(mask)[None, None].float(), disk, padding=radius)
-    return (near[0, 0] > 0.5).numpy()
+    squares = torch.arange(-radius, radius + 1) ** 2
+    disk = (squares[:, None] + squares <= radius ** 2)[None, None].float()
+    near = F.conv2d(torch.from_numpy(mask)[None].float(), disk, padding=radius)
+    return (near[0] > 0.5).numpy()
 
 
 def boundary_score(truth, found):
@@ -417,8 +436,8 @@ def boundary_score(truth, found):
     if not (a.any() and b.any()):
         return float(a.any() == b.any())
     radius = math.ceil(0.008 * math.hypot(*truth.shape))
-    recall = (a & dilate(b, radius)).sum() / a.sum()
-    precision = (b & dilate(a, radius)).sum() / b.sum()
+    recall = dilate(b, radius)[a].mean()
+    precision = dilate(a, radius)[b].mean()
     return 2 * precision * recall / max(precision + recall, 1e-9)
 
 
@@ -426,50 +445,44 @@ def region_and_boundary(pairs, categories):
     """J&F of clips, as DAVIS 2017 scores unsupervised segmentation (1905.00737): each true instance
     of a thing has the found one that is most like it. Mean, recall (above a half) and decay (first
     quarter less last) of J, IoU, and of F. Pixels without truth do not count."""
-    rows, things = [], [row["label"] for row in categories if row["isthing"]]
+    rows = []
     for pair in pairs:
-        classes, ids = classes_and_ids(pair)
-        truth, found = np.where(np.isin(classes, things), ids, 0)              # (T, H, W) each
+        classes, ids, thing = classes_and_ids(pair, categories)
+        truth, found = ids * thing                     # (T, H, W) each
         found[classes[0] == 0] = 0
         objects, others = (np.setdiff1d(ids, 0).tolist() for ids in (truth, found))
         others += [-1] * (len(objects) - len(others))  # nothing, which is like an object unseen
-        counts = [(overlaps(t, f), overlaps(t), overlaps(f)) for t, f in zip(truth, found)]
-        j = [iou(a, b, *count) for a in objects for b in others for count in counts]
+        counts = list(map(overlaps, truth, found))
+        j = [iou(a, b, shared) for a in objects for b in others for shared in counts]
         j = np.reshape(j, (len(objects), len(others), len(truth)))
-        ends = np.round(np.linspace(1, len(truth), 5) + 1e-10).astype(int) - 1
+        ends = np.round(np.linspace(1, len(truth), 5) + 1e-10).astype(int)
         for n, k in enumerate(best_assignment(j.mean(2))):
-            f = [boundary_score(t == objects[n], g == others[k]) for t, g in zip(truth, found)]
+            f = list(map(boundary_score, truth == objects[n], found == others[k]))
             for values in (j[n, k], np.array(f)):
-                decay = values[:ends[1] + 1].mean() - values[ends[3]:].mean()
-                rows.append((values.mean(), (values > 0.5).mean(), decay))
-    means = np.mean(np.reshape(rows, (-1, 6)) if rows else np.zeros((1, 6)), 0).tolist()
-    names = [f"{kind}_{what}" for kind in "JF" for what in ("mean", "recall", "decay")]
+                decay = values[:ends[1]].mean() - values[ends[3] - 1:].mean()
+                rows += values.mean(), (values > 0.5).mean(), decay
+    means = np.reshape(rows or [0.0] * 6, (-1, 6)).mean(0).tolist()
+    names = "J_mean J_recall J_decay F_mean F_recall F_decay".split()
     return {"J&F": (means[0] + means[3]) / 2} | dict(zip(names, means))
 
 
 # --------------------------------------------------------------------------------------------------
-# the items of an evaluation, and what seg and kpt are asked about in them
+# the items of an evaluation
 
 def random_items(source, c):
     """As many items as samples are asked for: files are often sorted by class, so shuffled."""
-    count, length, rng = c.sampling.eval_samples, len(source), np.random.default_rng(0)
+    count = c.sampling.eval_samples
     if source.endless:
         return range(count)
+    length = len(source)
+    rng = np.random.default_rng(0)
     orders = [rng.permutation(length) for _ in range(count // length + 1)]
     return np.concatenate(orders)[:count].tolist()
 
 
-ITEMS = dict.fromkeys(PREDICT, lambda source, c: range(len(source)))
-ITEMS |= {"gen": random_items, "ar": random_items}
-
-
-def prompt_objects(records, boxes, source):
-    """What seg and kpt are asked about in each of {image_id: record}; None: own detections."""
-    if boxes == "own":
-        return None
-    if boxes == "truth":
-        return [sample.true_objects(record, source.categories) for record in records.values()]
-    return [boxes.get(image_id, []) for image_id in records]
+ITEMS = dict.fromkeys(PREDICT, lambda source, c: range(len(source))) | {
+    "gen": random_items,
+    "ar": random_items}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -479,44 +492,39 @@ def true_detection(model, inputs, c):
     truth = [
         sample.true_objects(record, c.categories)[:c.data.max_objects]
         for record in inputs.records]
-    boxes, labels = sample.prompt_boxes(inputs.views, truth, c)
-    tokens = tokenizer.encode_detection(boxes, labels, c.vocab).targets
-    certain = torch.full((*tokens.shape, c.vocab.text_shift), -math.inf)
-    certain = certain.scatter(-1, tokens[..., None], 0.0)[..., c.vocab.classes]
-    found = sample.read_objects(inputs.views, tokens, certain, c)
-    return [{"objects": objects} for objects in found]
+    tokens = tokenizer.encode_detection(
+        *sample.prompt_boxes(inputs.views, truth, c), c.vocab).targets
+    certain = F.one_hot(tokens, c.vocab.text_shift)[..., c.vocab.classes].log()
+    for objects in sample.read_objects(inputs.views, tokens, certain, c):
+        yield {"objects": objects}
 
 
 def through_tokens(points, c):
-    """Points (N, P) -> the points that their tokens say."""
-    labels = torch.ones(len(points))                   # whatever is no padding
-    tokens = tokenizer.encode_points(torch.from_numpy(points), labels, c.vocab)
+    """Points (..., P) -> the points that their tokens say."""
+    # The label 1 stands for whatever is no padding.
+    tokens = tokenizer.encode_points(torch.from_numpy(points), torch.tensor(1), c.vocab)
     return tokenizer.decode_points(tokens, c.vocab)
 
 
 def true_masks(model, inputs, c):
-    said = []
     for record, view in zip(inputs.records, inputs.views):
         objects = sample.true_objects(record, c.categories)
         polygons = list(compress(record["polygons"], ~record["iscrowd"]))
         points = data.polygon_points(view, polygons, len(objects), c.data.max_points)
         for obj, row in zip(objects, through_tokens(points, c)):
             sample.add_mask(obj, view, row[None], record["image"].size)
-        said.append({"objects": objects})
-    return said
+        yield {"objects": objects}
 
 
 def true_keypoints(model, inputs, c):
-    said = []
     for record in inputs.records:
         objects = sample.true_objects(record, c.categories)
         for obj, keypoints in zip(objects, record["keypoints"][~record["iscrowd"]]):
             if keypoints[:, 2].any():                  # else the truth does not know this one's
                 crop = sample.keypoint_view(record["image"], obj["bbox"], c)
                 points = data.keypoint_points(crop, keypoints)
-                sample.add_keypoints(obj, crop, through_tokens(points[None], c)[0].numpy(), 1.0)
-        said.append({"objects": objects})
-    return said
+                sample.add_keypoints(obj, crop, through_tokens(points, c).numpy(), 1.0)
+        yield {"objects": objects}
 
 
 def true_captions(model, inputs, c):
@@ -527,9 +535,8 @@ def true_captions(model, inputs, c):
 
 def true_maps(model, inputs, c):
     rng = np.random.default_rng(0)
-    return [
-        sample.map_prediction(record, data.id_maps(record, view, c, rng)[:, :2], view, c)
-        for record, view in zip(inputs.records, inputs.views)]
+    for record, view in zip(inputs.records, inputs.views):
+        yield sample.map_prediction(record, data.id_maps(record, view, c, rng)[:, :2], view, c)
 
 
 TRUTH = {
@@ -548,28 +555,18 @@ TRUTH = {
 KEYPOINT_SIGMA = 0.089             # of keypoints COCO does not know: as strict as for its ankles
 
 
-def coco_index(truth):
-    """Truth in COCO's format -> pycocotools' COCO."""
-    coco = COCO()
-    coco.dataset = truth
-    coco.createIndex()
-    return coco
-
-
 def average_precision(truth, results, image_ids, task="det"):
     """COCO truth and results (list of {image_id, category_id, score, and bbox, segmentation or
     keypoints}) -> the numbers of COCO's metric, by name."""
-    kind, names, _, _ = COCO_TASKS[task]
+    kind, names, *_ = COCO_TASKS[task]
     with contextlib.redirect_stdout(io.StringIO()):    # pycocotools prints what it does
-        coco = coco_index(truth)
-        if results:
-            predictions = coco.loadRes(results)
-        else:
-            predictions = coco_index({**truth, "annotations": []})
-        run = COCOeval(coco, predictions, kind)
+        coco = COCO()
+        coco.dataset = truth
+        coco.createIndex()
+        run = COCOeval(coco, coco.loadRes(results) if results else COCO(), kind)
         run.params.imgIds = sorted(image_ids)
         counts = [len(a["keypoints"]) // 3 for a in truth["annotations"] if "keypoints" in a]
-        if kind == "keypoints" and counts and max(counts) != len(run.params.kpt_oks_sigmas):
+        if counts and max(counts) != 17:               # a person of COCO has 17
             run.params.kpt_oks_sigmas = np.full(max(counts), KEYPOINT_SIGMA)
         run.evaluate()
         run.accumulate()
@@ -580,8 +577,8 @@ def average_precision(truth, results, image_ids, task="det"):
 # --------------------------------------------------------------------------------------------------
 # captions: n-grams in common with what people wrote
 
-CAPTION_METRICS = "ROUGE_L", "CIDEr", "BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4"
-BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+CAPTION_METRICS = "ROUGE_L CIDEr BLEU_1 BLEU_2 BLEU_3 BLEU_4".split()
+BRACKETS = dict(zip("()[]{}", "-lrb- -rrb- -lsb- -rsb- -lcb- -rcb-".split()))
 WORD = re.compile(r"""
     (?:mrs?|ms|dr|st|ave|jr|sr|vs|etc|no(?=\.[ ]\d))\.             # mr.  no. 5
     | (?:[^\W\d_]\.){2,}                                          # u.s.
@@ -605,11 +602,12 @@ def official_words(texts):
     """list of str -> list of lists of words, by the Java program inside pycocoevalcap. It takes one
     text per line, so line breaks inside of one would shift all that follow."""
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-    numbered = {i: [{"caption": " ".join(text.split())}] for i, text in enumerate(texts)}
+    lines = (" ".join(text.encode("utf-8", "replace").decode().split()) for text in texts)
+    numbered = {i: [{"caption": line}] for i, line in enumerate(lines)}
     lines = PTBTokenizer().tokenize(numbered)
     if len(lines) != len(texts):
         raise RuntimeError(f"PTBTokenizer returned {len(lines)} of {len(texts)} captions")
-    return [lines[i][0].split() for i in range(len(texts))]
+    return [lines[i][0].split() for i in numbered]
 
 
 def ngrams(words):
@@ -621,7 +619,9 @@ def bleu(pairs):
     """[(candidate, [reference, ...])] in words -> (4,) BLEU_1..4 of the corpus (Papineni et al.,
     ACL 2002): geometric means of the precisions, times a penalty if the candidates are shorter than
     the references closest in length."""
-    correct, total, length, closest = np.zeros(4), np.zeros(4), 0, 0
+    correct = np.zeros(4)
+    total = np.zeros(4)
+    length = closest = 0
     for candidate, references in pairs:
         for n, (counts, *others) in enumerate(zip(ngrams(candidate), *map(ngrams, references))):
             most = Counter()
@@ -641,15 +641,16 @@ def rouge_l(pairs, beta=1.2):
     and recall may come from different references."""
     scores = []
     for candidate, references in pairs:
-        a = candidate or [""]                          # as pycocoevalcap: no text is one empty word
-        best = np.zeros(2)
-        for b in (reference or [""] for reference in references):
+        # As in pycocoevalcap, no text is one empty word.
+        a, *others = (words or [""] for words in (candidate, *references))
+        precision = recall = 0.0
+        for b in others:
             common = common_subsequence(a, b)
-            best = np.maximum(best, (common / len(a), common / len(b)))
-        precision, recall = best
+            precision = max(precision, common / len(a))
+            recall = max(recall, common / len(b))
         mixed = recall + beta ** 2 * precision
         scores.append((1 + beta ** 2) * precision * recall / mixed if precision else 0.0)
-    return float(np.mean(scores))
+    return np.mean(scores)
 
 
 def common_subsequence(a, b):
@@ -696,20 +697,20 @@ def caption_scores(candidates, references):
     Candidates decide which images count, also in CIDEr's weights. Words come from pycocoevalcap's
     Java tokeniser, on which published numbers rest ("words": "ptb"), where package and Java are
     found, else from `caption_words` ("own"). Given the same words, the numbers are pycocoevalcap's.
-    ValueError names an image without references.
+    UserError names an image without references.
     """
     if not candidates:
-        raise ValueError("no captions to score")
+        raise UserError("no captions to score")
     for image_id in candidates:
         if not references.get(image_id):
-            raise ValueError(f"image {image_id} has a caption to score, but no references")
+            raise UserError(f"image {image_id} has a caption to score, but no references")
     official = importlib.util.find_spec("pycocoevalcap") and shutil.which("java")
     texts = [text for i, candidate in candidates.items() for text in (candidate, *references[i])]
     words = iter(official_words(texts) if official else map(caption_words, texts))
     pairs = [(next(words), [next(words) for _ in references[i]]) for i in candidates]
     scores = zip(CAPTION_METRICS, (rouge_l(pairs), cider(pairs), *bleu(pairs)))
-    rounded = {name: round(float(score), 5) for name, score in scores}
-    return rounded | {"words": "ptb" if official else "own"}
+    return {name: round(float(score), 5) for name, score in scores} | {
+        "words": "ptb" if official else "own"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -720,9 +721,9 @@ PROXY_IMAGES = 10_000                  # those (or frames) that a proxy classifi
 
 
 def feature_statistics(features):
-    """(N, D) -> mean (D,) and unbiased covariance (D, D), float64. ValueError for N < 2."""
+    """(N, D) -> mean (D,) and unbiased covariance (D, D), float64. UserError for N < 2."""
     if len(features) < 2:
-        raise ValueError(f"statistics of features need at least 2 images, got {len(features)}")
+        raise UserError(f"statistics of features need at least 2 images, got {len(features)}")
     features = np.asarray(features, np.float64)
     centered = features - features.mean(0)
     return features.mean(0), centered.T @ centered / (len(features) - 1)
@@ -749,8 +750,8 @@ def inception_score(probabilities, splits=10):
     """(N, K) class probabilities -> mean and standard deviation over the splits of
     exp(mean KL(p(y|x) || p(y))), 1 to K (1606.03498, section 4)."""
     scores = []
-    rows = np.asarray(probabilities, np.float64)
-    for p in np.array_split(rows, min(splits, len(rows))):
+    splits = min(splits, len(probabilities))
+    for p in np.array_split(np.asarray(probabilities, np.float64), splits):
         log, log_mean = (np.log(np.maximum(x, 1e-300)) for x in (p, p.mean(0)))    # 0 log 0 is 0
         scores.append(np.exp((p * (log - log_mean)).sum(1).mean()))
     return float(np.mean(scores)), float(np.std(scores))
@@ -770,12 +771,12 @@ def image_batches(pixels, device, size=256):
 def real_pixels(source, c, count):
     """Pixels of at most `count` items, of clips the frames after the context frames, and their
     labels (N,); in a fixed random order, as files are often sorted. No image is mirrored."""
+    task = c.data.tasks[0]
     still = sample.changed(c, flip=False)
-    stream = data.TrainStream(source, c.data.tasks[0], still, seed=0)
-    examples = [stream[i] for i in range(min(count, len(source)))]
-    batch = data.collate(c.data.tasks[0], still)(examples)
+    stream = data.TrainStream(source, task, still, seed=0)
+    batch = data.collate(task, still)([stream[i] for i in range(min(count, len(source)))])
     for message in batch.skipped:
-        warnings.warn(f"another image stands in the evaluation for {message}")
+        tokenizer.notice(f"another image stands in the evaluation for {message}")
     return batch.targets.movedim(1, -1).numpy(), batch.cond["labels"].numpy()
 
 
@@ -784,12 +785,13 @@ class ProxyClassifier(nn.Module):
     the class that they should, and its features are what Frechet distances are taken of. Those
     compare only with each other, on the same data."""
 
-    def __init__(self, channels, classes, widths=(32, 64, 128)):
+    def __init__(self, channels, classes):
         super().__init__()
         layers = []
-        for a, b in zip((channels, *widths), widths):
+        for a, b in pairwise((channels, 32, 64, 128)):
             layers += [nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.ReLU()]
-        self.body, self.head = nn.Sequential(*layers), nn.Linear(widths[-1], classes)
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(128, classes)
 
     def forward(self, images):
         """uint8 (N, C, H, W) -> features (N, 128), scores (N, classes)."""
@@ -800,21 +802,20 @@ class ProxyClassifier(nn.Module):
     def classify(self, pixels, device):
         """Pixels -> features (N or N T, 128) and classes (N,), of a clip the likeliest by the mean
         of its frames."""
-        parts = [self(images) for images in image_batches(as_frames(pixels), device)]
-        features, scores = (torch.cat(part) for part in zip(*parts))
+        parts = map(self, image_batches(as_frames(pixels), device))
+        features, scores = map(torch.cat, zip(*parts))
         classes = scores.softmax(-1).unflatten(0, (len(pixels), -1)).mean(1).argmax(-1)
         return features.cpu().numpy(), classes.cpu().numpy()
 
 
 def train_proxy(pixels, labels, classes, device, steps=300, seed=0):
     """Pixels and labels (N,), -1 unknown -> ProxyClassifier, the same every time (on a GPU nearly
-    so). The global generators are left as they are. ValueError if all labels are unknown."""
+    so). The global generators are left as they are. UserError if all labels are unknown."""
     known = labels >= 0
     if not known.any():
-        raise ValueError("no image has a label that a proxy classifier could learn")
-    images, labels = as_frames(pixels[known]), torch.from_numpy(labels[known])
-    labels = labels.repeat_interleave(len(images) // len(labels))
-    images = torch.from_numpy(images).movedim(-1, 1)
+        raise UserError("no image has a label that a proxy classifier could learn")
+    images = torch.from_numpy(as_frames(pixels[known])).movedim(-1, 1)
+    labels = torch.from_numpy(labels[known].repeat(len(images) // known.sum()))
     with device.fork_rng(seed):
         proxy = ProxyClassifier(images.shape[1], classes).to(device.device)
         optimizer = torch.optim.AdamW(proxy.parameters(), weight_decay=0.05)
@@ -831,21 +832,20 @@ def train_proxy(pixels, labels, classes, device, steps=300, seed=0):
 
 def proxy_scores(pixels, labels, truth, train, c, device):
     frames = pixels.shape[1] if pixels.ndim == 5 else 1
-    real, real_labels = real_pixels(train, c, PROXY_IMAGES // frames)
-    proxy = train_proxy(real, real_labels, len(train.classes), device)
-    held, held_labels = real_pixels(truth, c, len(pixels))
+    real = real_pixels(train, c, PROXY_IMAGES // frames)
+    proxy = train_proxy(*real, len(train.classes), device)
 
-    def judge(pixels):
+    def judge(pixels, labels):
+        """The fraction of right classes, and the statistics of the features."""
         features, classes = proxy.classify(pixels, device)
-        return classes, feature_statistics(features)
+        return float((classes == labels)[labels >= 0].mean()), feature_statistics(features)
 
-    (_, known), (classes, made), (held_classes, floor) = map(judge, (real, pixels, held))
-    scores = {}
-    if c.model.num_classes:
-        scores["class_accuracy"] = float((classes == labels)[labels >= 0].mean())
-    right = (held_classes == held_labels)[held_labels >= 0]
+    _, known = judge(*real)
+    right, made = judge(pixels, labels)
+    held_right, floor = judge(*real_pixels(truth, c, len(pixels)))
+    scores = {"class_accuracy": right} if c.model.num_classes else {}
     return scores | {
-        "proxy_accuracy": float(right.mean()),
+        "proxy_accuracy": held_right,
         "frechet": frechet_distance(*made, *known),
         "frechet_real": frechet_distance(*floor, *known),
     }
@@ -858,7 +858,7 @@ class Inception:
     as inception-2015-12-05.pt. It takes uint8 (N, 3, H, W), resizes by itself, and is called with
     return_features=True for features (N, 2048), with no_output_bias=True for probabilities
     (N, 1008). Any other TorchScript module will do that makes features (N, D), or the pair
-    (features, probabilities), of uint8 (N, 3, H, W). ValueError if the file is no TorchScript.
+    (features, probabilities), of uint8 (N, 3, H, W). UserError if the file is no TorchScript.
     """
     batch = 64
 
@@ -869,7 +869,7 @@ class Inception:
         try:
             self.network = torch.jit.load(path, map_location=device.device).eval()
         except RuntimeError as e:
-            raise ValueError(
+            raise UserError(
                 f"{path}: not a TorchScript file; weights alone do not say how to compute, make "
                 f"one with torch.jit.script(network).save(path) ({str(e).splitlines()[0]})") from e
         self.keywords = {argument.name for argument in self.network.forward.schema.arguments}
@@ -881,7 +881,7 @@ class Inception:
         outputs = []
         for images in image_batches(self.items(pixels), self.device, self.batch):
             # A grey image has one channel, the network takes three.
-            output = self.outputs(images.repeat_interleave(3 // images.shape[1], dim=1))
+            output = self.outputs(images.repeat_interleave(3 // images.shape[1], 1))
             outputs.append(output if isinstance(output, tuple) else (output,))
         features, *rest = (torch.cat(parts).float().cpu().numpy() for parts in zip(*outputs))
         return features.reshape(len(features), -1), rest[0] if rest else None
@@ -901,9 +901,7 @@ class I3D(Inception):
     [0, 255], and is called with rescale, resize and return_features. Any other TorchScript module
     will do that makes features (N, D) of that."""
     batch = 8
-
-    def items(self, pixels):
-        return pixels
+    items = staticmethod(np.asarray)                   # clips stay whole
 
     def outputs(self, clips):
         wanted = self.keywords & {"rescale", "resize", "return_features"}
@@ -913,8 +911,7 @@ class I3D(Inception):
 def network_scores(network, name, pixels, train, c):
     """Frechet distance to training items in a network's features, and Inception Score."""
     features, probabilities = network.features(pixels)
-    count = 5 * len(pixels) if train.endless else FID_IMAGES
-    real = real_statistics(network, train, c, count)
+    real = real_statistics(network, train, c, 5 * len(pixels) if train.endless else FID_IMAGES)
     scores = {name: frechet_distance(*feature_statistics(features), *real)}
     if probabilities is not None:
         mean, std = inception_score(probabilities)
@@ -925,8 +922,9 @@ def network_scores(network, name, pixels, train, c):
 def real_statistics(network, train, c, count):
     """Mean and covariance of a network's features of training items. They are kept beside the
     network, in a file whose name says what they are of."""
-    of = [asdict(c.data), os.path.abspath(c.data.data_dir), len(train), count, network.key]
-    of += [c.model.sample_shape, c.model.cond_frames]
+    of = [
+        asdict(c.data), os.path.abspath(c.data.data_dir), len(train), count, network.key,
+        c.model.sample_shape, c.model.cond_frames]
     key = hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]
     path = f"{network.path}.statistics_{key}.npz"
     with contextlib.suppress(OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
@@ -940,22 +938,23 @@ def real_statistics(network, train, c, count):
 # --------------------------------------------------------------------------------------------------
 # command line
 
-@dataclass(frozen=True)
+@frozen
 class EvalOptions(sample.Options):
     """What eval.py is asked for."""
-    split: str = "val"                  # val, train, or test: where recipes are not chosen
-    boxes: str = ""                     # of seg and kpt: own detections, truth, or a results file
-    limit: int = 0                      # only so many items of the split; 0: all
+    split: Literal[data.SPLITS] = "val"     # test: where recipes are not chosen
+    boxes: str = ""                     # seg, kpt: what about: own, truth, or a results file
+    limit: Natural = 0                  # only so many items of the split; 0: all
     truth: bool = False                 # score the encoded and decoded truth: a ceiling
     watch: bool = False                 # evaluate last.pt of the run whenever it changes
     results: str = ""                   # files to score in place of a model, see `score_files`
     truth_json: str = ""                # of results in COCO's panoptic format: the truth
     truth_masks: str = ""               # its PNGs; of results of videos their folder
-    batch_size: int = 16                # items at a time
-    workers: int = min(4, (os.cpu_count() or 1) - 1)        # processes that load data
+    batch_size: Count = 16              # items at a time
+    workers: Natural = min(4, (os.cpu_count() or 1) - 1)    # processes that load data
     out: str = ""                       # start of the names of the files; empty: the checkpoint's
 
 
+@tokenizer.script
 def main():
     parser = sample.Parser(description=__doc__)
     parser.add_config(EvalOptions(), data.DataConfig(), sample.SamplingConfig(), without=("tasks",))
@@ -969,8 +968,6 @@ def main():
             watch(options, args, device)
         else:
             run(sample.find_checkpoint(options.ckpt), options, args, device)
-    except (OSError, ImportError, RuntimeError, ValueError) as e:
-        sys.exit(f"error: {e}")
     finally:
         Device.close()
 
@@ -978,18 +975,23 @@ def main():
 def run(path, options, args, device):
     """Evaluate one checkpoint, print its numbers and save them beside it."""
     model, c = sample.load_model(path, device)
-    c = sample.changed(c, **vars(args))
+    c = sample.apply(c, args, options)
     tasks, start = sample.pick_tasks(options.task, c), time.time()
     if options.truth and not set(tasks) <= set(TRUTH):
-        raise ValueError(f"--truth: only for {', '.join(TRUTH)}, this model generates")
-    boxes = read_boxes(options.boxes or ("own" if "det" in c.data.tasks else "truth"))
+        raise UserError(f"--truth: only for {', '.join(TRUTH)}, this model generates")
+    boxes = options.boxes
+    if boxes not in ("", "own", "truth"):
+        boxes = read_boxes(boxes, data.make_source(c, options.split, tasks[0]), c)
+    kind = options.split + "_truth" * options.truth
+    stem = options.out or f"{os.path.splitext(path)[0]}_{kind}"
+    if sample.real(options.boxes) in {sample.real(f"{stem}_{task}.json") for task in tasks}:
+        raise UserError(f"--boxes={options.boxes} would be overwritten: use another --out")
     metrics, predictions = evaluate(
         model, c, options.split, device, tasks, options.limit, boxes, options.truth,
         batch_size=options.batch_size, workers=options.workers, seed=options.seed)
     if not device.first:
         return
-    kind, seconds = options.split + "_truth" * options.truth, round(time.time() - start, 1)
-    stem = options.out or f"{os.path.splitext(path)[0]}_{kind}"
+    seconds = round(time.time() - start, 1)
     print(f"{path}, {kind}, {seconds} s")
     for task in tasks:
         print(f"{task}: predictions in {WRITE[task](predictions[task], f'{stem}_{task}')}")
@@ -999,10 +1001,11 @@ def run(path, options, args, device):
         "seconds": seconds,
         **asdict(options),
         "sampling": asdict(c.sampling),
+        **metrics,
     }
     with open(f"{stem}_metrics.json", "w") as f:
-        json.dump(content | metrics, f, indent=1)
-    print(f"numbers: {stem}_metrics.json", flush=True)
+        json.dump(content, f, indent=1)
+    print(f"numbers: {f.name}", flush=True)
 
 
 def print_scores(scores):
@@ -1051,21 +1054,12 @@ WRITE = {task: partial(write_results, task) for task in (*COCO_TASKS, "cap")} | 
 }
 
 
-def read_boxes(text):
-    """"own", "truth", or a results file in COCO's format -> what `evaluate` takes."""
-    if text in ("own", "truth"):
-        return text
-    try:
-        boxes = {}
-        with open(text) as f:
-            for result in json.load(f):
-                obj = {key: result[key] for key in ("category_id", "bbox", "score")}
-                boxes.setdefault(result["image_id"], []).append(obj)
-        return boxes
-    except (json.JSONDecodeError, KeyError, TypeError) as e:
-        raise ValueError(
-            f"{text}: expected a list of {{image_id, category_id, bbox, score}} "
-            f"({type(e).__name__}: {e})") from e
+def read_boxes(path, source, c):
+    """A results file in COCO's format -> {image_id: objects}, what seg and kpt are asked about."""
+    boxes, categories = {}, {category["id"]: category for category in c.categories}
+    for result in data.read_results(path, source.sizes, categories):
+        boxes.setdefault(result["image_id"], []).append(result)
+    return boxes
 
 
 def watch(options, args, device):

@@ -14,22 +14,21 @@ Left out: the training (train.py), what tokens mean (tokenizer.py), noise and sa
     python model.py                                     # named sizes: parameters and FLOPs
     python model.py --convert DIR coco.pt det_coco_vit_b --categories instances_val2017.json
 """
-import argparse
 import contextlib
 import copy
 import glob
 import importlib.util
-import json
 import math
 import os
 import re
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+import zipfile
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import zip_longest
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -40,8 +39,15 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+import tokenizer
+from tokenizer import Count, Natural, Positive, Rate, UserError, between, frozen
+
 # --------------------------------------------------------------------------------------------------
 # blocks
+
+Code = Literal["sin_cos", "learned"]
+PositionKind = Literal["learned", "sin_cos", "sin_cos_plus_learned"]
+
 
 class Position(nn.Module):
     """Adds a position code to tokens (..., N, dim), N = frames * rows * cols or less. kind:
@@ -49,21 +55,20 @@ class Position(nn.Module):
 
     def __init__(self, kind, rows, cols, dim, maximum=2 * math.pi, frames=1):
         super().__init__()
-        check_choice(kind, ("learned", "sin_cos", "sin_cos_plus_learned"), "position code")
-        n, self.shape, self.residual = frames * rows * cols, (rows, cols), None
+        self.shape, self.residual = (rows, cols), 0
         if kind == "learned":
-            self.code = embedding(n, dim)
+            self.code = embedding(frames * rows * cols, dim)
             return
         code = sincos_2d(rows, cols, dim, maximum)
         if kind == "sin_cos":          # for several frames the reference repeats patch by patch
             code = code.repeat_interleave(frames, 0)
         else:
             code = code.repeat(frames, 1)
-            self.residual = nn.Parameter(torch.zeros(n, dim))
+            self.residual = nn.Parameter(torch.zeros_like(code))
         self.register_buffer("code", code, persistent=False)
 
     def table(self):
-        return self.code if self.residual is None else self.code + self.residual
+        return self.code + self.residual
 
     def forward(self, x, at=None):
         """at: positions of the tokens; None: they are the first."""
@@ -80,7 +85,7 @@ class Attention(nn.Module):
     def __init__(self, dim, heads, context_dim=None, att_dim=None, dropout=0.0):
         super().__init__()
         att_dim = att_dim or dim                        # of all heads together
-        check_multiple(att_dim, "attention width", heads, "heads")
+        check_multiples("attention width", heads, "heads", att_dim)
         self.heads, self.dropout = heads, dropout
         self.q = nn.Linear(dim, att_dim)
         self.kv = nn.Linear(context_dim or dim, 2 * att_dim)
@@ -125,12 +130,13 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """A transformer layer: self-attention, cross-attention if there is a context, an MLP if
     mlp_dim; each pre-norm. causal: no token sees later ones; or n: later chunks of n tokens.
-    att_dim: width of the cross-attention (default: dim). context_norm: a LayerNorm on it, too."""
+    context_norm: a LayerNorm on the context, too. Without self-attention (a read or a write) the
+    cross-attention is as wide as the narrower of x and context."""
     checkpointing = False                               # recompute activations in the backward pass
 
     def __init__(
             self, dim, mlp_dim, heads, context_dim=None, causal=0, drop_path=0.0, dropout=0.0,
-            att_dropout=0.0, self_attention=True, att_dim=None, context_norm=False):
+            att_dropout=0.0, self_attention=True, context_norm=False):
         super().__init__()
         self.causal = causal
         if self_attention:
@@ -139,6 +145,7 @@ class Layer(nn.Module):
         if context_dim:
             self.cross_norm = layer_norm(dim)
             self.context_norm = layer_norm(context_dim) if context_norm else nn.Identity()
+            att_dim = dim if self_attention else min(dim, context_dim)
             self.cross_att = Attention(dim, heads, context_dim, att_dim, att_dropout)
         self.mlp = MLP(dim, mlp_dim, drop_path, dropout) if mlp_dim else nn.Identity()
         self.drop_path = DropPath(drop_path)
@@ -168,30 +175,6 @@ class Layer(nn.Module):
         return self.cross_att.project(self.context_norm(context))           # (2, B, nh, N, hs)
 
 
-class Cache:
-    """Keys and values of one layer: of its context, if it has one, and of tokens up to now, in
-    shapes that change seldom: with `room` for so many tokens."""
-
-    def __init__(self, layer, context, room=0):
-        self.context, self.written, self.room = None, None, room
-        if context is not None:
-            self.context = layer.project_context(context).contiguous()      # read at every token
-
-    def append(self, kv, at):
-        """Keys and values of tokens at positions `at` (T,), (2, S, nh, T, hs) -> (2, S, nh, room,
-        hs), those of all tokens up to now; later ones are zeros."""
-        if self.written is None:
-            self.written = kv.new_zeros(*kv.shape[:3], 0, kv.shape[4])
-        missing = self.room - self.written.shape[3]
-        if missing:
-            self.written = F.pad(self.written, (0, 0, 0, missing))
-        return self.written.index_copy_(3, at, kv)
-
-    def select(self, rows):
-        """Goes on with these of the sequences."""
-        self.written = self.written[:, rows]
-
-
 class Layers(nn.ModuleList):
     """So many Layers, one after the other."""
 
@@ -208,44 +191,44 @@ class Layers(nn.ModuleList):
 # --------------------------------------------------------------------------------------------------
 # Pix2Seq: encoder, projection, decoder
 
-@dataclass(frozen=True)
+@frozen
 class EncoderConfig:
     """Everything that fixes the shape of an Encoder."""
-    image_size: tuple[int, int] = (640, 640)    # height and width of the padded image, in pixels
-    encoder: str = "vit"                # vit, resnet: a transformer on patches, a ResNet; or fit
-    patch_size: int = 16                # side of a ViT patch, in pixels
-    resnet_variant: str = "standard"    # output stride 32: standard; 16: c4 or dc5 (dilated); 8: c3
-    resnet_depth: int = 50              # layers of the whole ResNet: 50, 101 or 152
-    resnet_width: float = 1.0           # factor on the channels of the ResNet
+    image_size: tuple[Count, Count] = (640, 640)    # height and width of the padded image, pixels
+    encoder: Literal["vit", "resnet", "fit"] = "vit"    # of patches, of a ResNet's features, FIT
+    patch_size: Count = 16              # side of a ViT patch, in pixels
+    resnet_variant: Literal["standard", "c4", "dc5", "c3"] = "standard"     # stride 32, 16, 16, 8
+    resnet_depth: Literal[50, 101, 152] = 50    # layers of the whole ResNet
+    resnet_width: Positive = 1.0        # factor on the channels of the ResNet
     freeze_bn: bool = False             # train neither statistics nor scales of batch norm
-    enc_layers: int = 12                # encoder: transformer layers; of a fit see fit_layers
-    enc_dim: int = 768                  # encoder: width
-    enc_mlp: int = 3072                 # encoder: hidden width of an MLP
-    enc_heads: int = 12                 # encoder: attention heads
+    enc_layers: Natural = 12            # encoder: transformer layers; of a fit see fit_layers
+    enc_dim: Count = 768                # encoder: width
+    enc_mlp: Count = 3072               # encoder: hidden width of an MLP
+    enc_heads: Count = 12               # encoder: attention heads
     fit_layers: str = "(2)4(2)4"        # fit: (local layers) layers of latents, and so on
-    fit_grid: int = 2                   # fit: groups are the cells of such a grid over the image
-    fit_copies: int = 1                 # fit: more groups, each the whole image as small as a cell
-    fit_latents: int = 32               # fit: latents of a group
-    fit_latent_dim: int = 768           # fit: their width
-    pos_encoding: str = "sin_cos"       # position of an image patch: sin_cos or learned
+    fit_grid: Count = 2                 # fit: groups are the cells of such a grid over the image
+    fit_copies: Natural = 1             # fit: more groups, each the whole image as small as a cell
+    fit_latents: Count = 32             # fit: latents of a group
+    fit_latent_dim: Count = 768         # fit: their width
+    pos_encoding: Code = "sin_cos"      # position of an image patch
     cls_token: bool = False             # prepend a learned token to the patches
-    drop_path: float = 0.1              # fraction of residual branches left out in training
-    dropout: float = 0.1                # fraction of MLP units left out in training
-    att_dropout: float = 0.0            # fraction of attention weights left out in training
+    drop_path: Rate = 0.1               # fraction of residual branches left out in training
+    dropout: Rate = 0.1                 # fraction of MLP units left out in training
+    att_dropout: Rate = 0.0             # fraction of attention weights left out in training
 
 
-@dataclass(frozen=True)
+@frozen
 class Pix2SeqConfig(EncoderConfig):
     """Everything that fixes the shape of a Pix2Seq model."""
     TASKS = "det", "seg", "kpt", "cap"
-    projection: str = "mlp"             # to the decoder: linear, linear_p (+ position), mlp (+ MLP)
-    dec_layers: int = 6                 # decoder: transformer layers
-    dec_dim: int = 512                  # decoder: width
-    dec_mlp: int = 2048                 # decoder: hidden width of an MLP
-    dec_heads: int = 16                 # decoder: attention heads
-    pos_encoding_dec: str = "learned"   # position of a token in its sequence: sin_cos or learned
-    vocab_size: int = 3000              # tokens in the vocabulary
-    max_seq_len: int = 512              # longest sequence, prompt included
+    projection: Literal["linear", "linear_p", "mlp"] = "mlp"    # to the decoder, + position, + MLP
+    dec_layers: Natural = 6             # decoder: transformer layers
+    dec_dim: Count = 512                # decoder: width
+    dec_mlp: Count = 2048               # decoder: hidden width of an MLP
+    dec_heads: Count = 16               # decoder: attention heads
+    pos_encoding_dec: Code = "learned"  # position of a token
+    vocab_size: Count = 3000            # tokens in the vocabulary
+    max_seq_len: Count = 512            # longest sequence, prompt included
     shared_embedding: bool = True       # one matrix embeds tokens and scores them
     output_bias: bool = True            # a bias on the scores of the tokens
 
@@ -256,43 +239,39 @@ class Encoder(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        check_choice(c.encoder, ("vit", "resnet", "fit"), "encoder")
-        stages = []
+        dim = c.enc_dim
+        self.shapes = []               # (C, H, W) of the feature maps that it returns, too
         if c.encoder == "vit":         # pixels beyond the last whole patch are not seen: 5 of 1333
-            self.patch = nn.Conv2d(3, c.enc_dim, c.patch_size, c.patch_size)
+            self.patch = nn.Conv2d(3, dim, c.patch_size, c.patch_size)
             self.grid = tuple(side // c.patch_size for side in c.image_size)
         else:
             self.resnet = ResNet(c)
-            *stages, (channels, *grid) = self.resnet.shapes
+            *self.shapes, (channels, *grid) = self.resnet.shapes
             self.grid = tuple(grid)
-            self.patch = nn.Linear(channels, c.enc_dim)
+            self.patch = nn.Linear(channels, dim)
             self.dropout = nn.Dropout(c.dropout)
         if 0 in self.grid:
-            raise ValueError(f"image_size {c.image_size} is smaller than patch_size {c.patch_size}")
-        self.shapes = [*stages, (c.enc_dim, *self.grid)]       # of feature maps, finest first
-        self.patch_norm = layer_norm(c.enc_dim)
-        self.position = Position(c.pos_encoding, *self.grid, c.enc_dim)
-        self.cls = embedding(1, c.enc_dim) if c.cls_token else None
-        self.layers = Layers(c.enc_layers, c.enc_dim, c.enc_mlp, c.enc_heads, **dropouts(c))
-        self.norm = layer_norm(c.enc_dim)
+            raise UserError(f"image_size {c.image_size} is smaller than patch_size {c.patch_size}")
+        self.patch_norm = layer_norm(dim)
+        self.position = Position(c.pos_encoding, *self.grid, dim)
+        self.cls = embedding(1, dim) if c.cls_token else None
+        self.layers = Layers(c.enc_layers, dim, c.enc_mlp, c.enc_heads, **dropouts(c))
+        self.norm = layer_norm(dim)
 
-    def forward(self, images, pyramid=False):
-        """pyramid: returns feature maps, too, finest first: those of the stages of a ResNet, but in
-        place of the last one the tokens."""
+    def forward(self, images):
+        """Returns the tokens and a list of feature maps: those of all stages of a ResNet but the
+        last, finest first."""
         maps = []
         if hasattr(self, "resnet"):
             *maps, last = self.resnet(images)
-            features = last.flatten(2).transpose(1, 2)  # (B, N, channels)
+            features = last.flatten(2).mT               # (B, N, channels)
             x = self.patch(self.dropout(features))      # (B, N, D)
         else:
-            x = self.patch(images).flatten(2).transpose(1, 2)               # (B, N, D)
+            x = self.patch(images).flatten(2).mT        # (B, N, D)
         x = self.position(self.patch_norm(x))
         if self.cls is not None:
             x = torch.cat([self.cls.expand(len(x), 1, -1), x], 1)           # (B, 1 + N, D)
-        x = self.norm(self.layers(x))
-        if not pyramid:
-            return x
-        return x, [*maps, x.transpose(1, 2).unflatten(2, self.grid)]        # (B, D, h, w)
+        return self.norm(self.layers(x)), maps
 
 
 class Vocabulary(nn.Module):
@@ -335,28 +314,29 @@ class Generated(NamedTuple):
 
 
 class Pix2Seq(nn.Module):
-    def __init__(self, config):
+    def __init__(self, c):
         super().__init__()
-        c = self.config = config
-        check_choice(c.projection, ("linear", "linear_p", "mlp"), "projection")
-        self.encoder = FITEncoder(c) if c.encoder == "fit" else Encoder(c)
+        self.config = c
         if c.encoder == "fit":                          # the decoder attends to what it says
+            self.encoder = FITEncoder(c)
             self.decoder = Decoder(c, self.encoder.dim)
             return initialize(self)
-        self.proj, self.proj_norm = nn.Linear(c.enc_dim, c.dec_dim), layer_norm(c.dec_dim)
+        self.encoder = Encoder(c)
+        dim = c.dec_dim
+        self.proj, self.proj_norm = nn.Linear(c.enc_dim, dim), layer_norm(dim)
         if c.projection != "linear":
-            self.proj_position = Position(c.pos_encoding, *self.encoder.grid, c.dec_dim)
+            self.proj_position = Position(c.pos_encoding, *self.encoder.grid, dim)
         if c.projection == "mlp":
             ratio = c.enc_mlp // c.enc_dim              # the encoder's, as in the reference
-            self.proj_mlp = MLP(c.dec_dim, ratio * c.dec_dim, c.drop_path, c.dropout)
-        self.decoder = Decoder(c, c.dec_dim)
+            self.proj_mlp = MLP(dim, ratio * dim, c.drop_path, c.dropout)
+        self.decoder = Decoder(c, dim)
         initialize(self)
 
     def encode(self, images):
         """(B, 3, H, W) float in [0, 1] -> (B, N, dec_dim), what the decoder attends to."""
-        x = self.encoder(images)                        # (B, N, enc_dim)
         if self.config.encoder == "fit":
-            return x
+            return self.encoder(images)
+        x, _ = self.encoder(images)                     # (B, N, enc_dim)
         x = self.proj_norm(self.proj(x))                # (B, N, dec_dim)
         if self.config.projection != "linear":
             n = math.prod(self.encoder.grid)            # a class token has no position
@@ -375,23 +355,23 @@ class Pix2Seq(nn.Module):
 
     @torch.no_grad()
     def generate(
-            self, context, prompts, length, samples=1, temperature=1.0, top_k=0, top_p=1.0,
-            end=None, return_logprobs=slice(0), suppress=None, generator=None):
+            self, context, prompts, length, samples=1, end=None, return_logprobs=slice(0),
+            suppress=None, generator=None, **sampling):
         """Writes up to `length` tokens after each prompt. Returns Generated.
 
         context:     (B, N, dec_dim), from `encode`; every sequence about an image shares it
         prompts:     (B, P) or (B, G, P) int64
         samples:     sequences per prompt; G grows by this factor, those of a prompt side by side
-        temperature, top_k, top_p: see `sample_token`; temperature 0 takes the likeliest token
         end:         token after which a sequence is padded; stops when all have ended. None: never
         return_logprobs: slice of the vocabulary whose log-probabilities are wanted at every step
         suppress:    token that may be written and read on, but in the result another stands in its
                      place, drawn without it; no probability counts it (2206.07669)
         generator:   torch.Generator on the device of `context`, for results that repeat
+        sampling:    temperature, top_k, top_p: see `sample_token`
         """
-        B, P, V = len(context), prompts.shape[-1], self.config.vocab_size
+        B, P = len(context), prompts.shape[-1]
         if P + length > self.config.max_seq_len + 1:
-            raise ValueError(                           # the last token is never read
+            raise UserError(                           # the last token is never read
                 f"prompt of {P} and {length} tokens exceed max_seq_len {self.config.max_seq_len}")
         new = prompts.reshape(-1, P)                    # what the decoder has not seen
         S, device = len(new) * samples, context.device
@@ -399,9 +379,9 @@ class Pix2Seq(nn.Module):
         caches = [Cache(layer, context) for layer in self.decoder.layers]
         tokens = new.new_zeros(S, length)
         probs = torch.zeros(S, length, device=device)
-        logprobs = probs.new_full((S, length, len(range(V)[return_logprobs])), -math.inf)
+        chosen = len(self.decoder.embed[return_logprobs])
+        logprobs = probs.new_full((S, length, chosen), -math.inf)
         rows = torch.arange(S, device=device)           # the sequences that have not ended
-        draw = partial(sample_token, temperature=temperature, top_k=top_k, top_p=top_p)
         for t in range(length):
             for cache in caches:                        # attention masks what is to come
                 cache.room = 64 * math.ceil((P + t) / 64)
@@ -412,10 +392,11 @@ class Pix2Seq(nn.Module):
                     cache.select(rows // samples)
             logits = self.decoder.scores(x).float()     # (S, V)
             uniform = torch.rand(2, S, generator=generator, device=device)[:, rows]
-            token = shown = draw(logits, uniform[0])    # (S,)
+            token = shown = sample_token(logits, uniform[0], **sampling)    # (S,)
             if suppress is not None:
                 logits[:, suppress] = -math.inf
-                shown = torch.where(token == suppress, draw(logits, uniform[1]), token)
+                other = sample_token(logits, uniform[1], **sampling)
+                shown = torch.where(token == suppress, other, token)
             logprob = logits.log_softmax(-1)
             tokens[rows, t] = shown
             probs[rows, t] = logprob.gather(1, shown[:, None])[:, 0].exp()
@@ -428,42 +409,28 @@ class Pix2Seq(nn.Module):
                     break
                 G = ended.shape[1]
                 if most < G:
-                    kept = ended.sort(dim=1, stable=True).indices[:, :most]     # of an image's G
+                    kept = ended.argsort(stable=True)[:, :most]             # of an image's G
                     kept = (kept + G * torch.arange(B, device=device)[:, None]).flatten()
                     rows, new = rows[kept], new[kept]
                     for cache in caches:
                         cache.select(kept)
         if end is not None:
             after = (tokens == end).cumsum(1).cumsum(1) > 1
-            tokens, probs = tokens.masked_fill(after, 0), probs.masked_fill(after, 0.0)
-        return Generated(*(x.unflatten(0, (B, S // B)) for x in (tokens, probs, logprobs)))
-
-
-def filter_logits(logits, top_k=0, top_p=1.0):
-    """(S, V) -> the same with -inf where a token is not among the top_k largest (0: all), or not
-    among the largest whose cumulative probability stays within top_p (nucleus sampling,
-    1904.09751); the largest always stays."""
-    if top_k > 0:
-        smallest = logits.topk(min(top_k, logits.shape[-1]), -1).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, -math.inf)
-    if top_p < 1:
-        ordered = logits.sort(-1, descending=True).values
-        within = (ordered.softmax(-1).cumsum(-1) <= top_p).sum(-1, keepdim=True)
-        smallest = ordered.gather(-1, within.clamp(min=1) - 1)
-        logits = logits.masked_fill(logits < smallest, -math.inf)
-    return logits
+            tokens.masked_fill_(after, 0)
+            probs.masked_fill_(after, 0)
+        return Generated(*(x.unflatten(0, (B, -1)) for x in (tokens, probs, logprobs)))
 
 
 def sample_token(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     """(S, V) float -> (S,) int64, drawn from the filtered softmax by uniform random numbers (S,);
     the likeliest if temperature is 0 or top_k is 1."""
     if temperature == 0 or top_k == 1:
-        return logits.argmax(-1)
-    probs = filter_logits(logits / temperature, top_k, top_p).softmax(-1)
+        return logits.argmax(1)
+    probs = filter_logits(logits / temperature, top_k, top_p).softmax(1)
     # The first token up to which the sum is larger; unlike torch.multinomial it never waits for the
     # device.
-    sums = probs.cumsum(-1)
-    return (sums <= uniform[:, None] * sums[:, -1:]).sum(-1)
+    sums = probs.cumsum(1)
+    return (sums <= uniform[:, None] * sums[:, -1:]).sum(1)
 
 
 def token_loss(forward, batch, c):
@@ -473,7 +440,47 @@ def token_loss(forward, batch, c):
 
 
 # ==== reference ===================================================================================
-# small parts: attention maps, position codes, stochastic depth, initialisation, checks
+# small parts: caches, filters of logits, attention maps, losses, position codes, stochastic depth,
+# initialisation, checks
+
+class Cache:
+    """Keys and values of one layer: of its context, if it has one, and of tokens up to now, in
+    shapes that change seldom: with `room` for so many tokens."""
+
+    def __init__(self, layer, context, room=0):
+        self.written, self.room = None, room
+        # Contiguous, as it is read at every token.
+        self.context = None if context is None else layer.project_context(context).contiguous()
+
+    def append(self, kv, at):
+        """Keys and values of tokens at positions `at` (T,), (2, S, nh, T, hs) -> (2, S, nh, room,
+        hs), those of all tokens up to now; later ones are zeros."""
+        if self.written is None:
+            self.written = kv[..., :0, :]
+        missing = self.room - self.written.shape[3]
+        if missing:
+            self.written = F.pad(self.written, (0, 0, 0, missing))
+        return self.written.index_copy_(3, at, kv)
+
+    def select(self, rows):
+        """Goes on with these of the sequences."""
+        self.written = self.written[:, rows]
+
+
+def filter_logits(logits, top_k=0, top_p=1.0):
+    """(S, V) -> the same with -inf where a token is not among the top_k largest (0: all), or not
+    among the largest whose cumulative probability stays within top_p (nucleus sampling,
+    1904.09751); the largest always stays."""
+    if top_k > 0:
+        smallest = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -math.inf)
+    if top_p < 1:
+        ordered = logits.sort(descending=True).values
+        within = (ordered.softmax(1).cumsum(1) <= top_p).sum(1, keepdim=True)
+        smallest = ordered.gather(1, within.clamp(min=1) - 1)
+        logits = logits.masked_fill(logits < smallest, -math.inf)
+    return logits
+
 
 @torch.no_grad()
 def attention_maps(model, context, tokens):
@@ -482,7 +489,8 @@ def attention_maps(model, context, tokens):
     maps = []
 
     def look(attention, args, _):
-        q, (k, _) = attention.query(args[0]), args[1]           # (1, nh, T, hs), (1, nh, N, hs)
+        x, (k, _), *_ = args                                    # (1, T, D), (1, nh, N, hs)
+        q = attention.query(x)                                  # (1, nh, T, hs)
         weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
         maps.append(weights.mean(1)[0])                         # (T, N)
 
@@ -524,7 +532,7 @@ def sincos(coords, dim):
 
 def spread(n, maximum):
     """n coordinates spread evenly over [0, maximum], float32."""
-    return torch.arange(n, dtype=torch.float32) / max(n - 1, 1) * maximum
+    return torch.arange(n) / max(n - 1, 1) * maximum
 
 
 def sincos_2d(rows, cols, dim, maximum):
@@ -535,27 +543,22 @@ def sincos_2d(rows, cols, dim, maximum):
     return sincos(coords, dim // 2).flatten(1)          # (N, dim)
 
 
+layer_norm = partial(nn.LayerNorm, eps=1e-6)
+
+
 def embedding(*shape):
     """A table of truncated normal numbers of deviation 0.02, none beyond two."""
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.02, a=-0.04, b=0.04))
 
 
-def layer_norm(dim):
-    return nn.LayerNorm(dim, eps=1e-6)
-
-
-class DropPath(nn.Module):
+class DropPath(nn.Dropout):
     """Leaves out a residual branch of some examples (stochastic depth, 1603.09382)."""
 
-    def __init__(self, rate):
-        super().__init__()
-        self.rate = rate
-
     def forward(self, x):
-        if not self.training or self.rate == 0:
+        if not self.training or self.p == 0:
             return x
-        keep = torch.rand(len(x), 1, 1, device=x.device) < 1 - self.rate
-        return x * keep.to(x.dtype) / (1 - self.rate)
+        keep = torch.rand(len(x), 1, 1, device=x.device) < 1 - self.p
+        return x * keep / (1 - self.p)
 
 
 def dropouts(c):
@@ -574,13 +577,13 @@ def initialize(model):
                 part.fans = part.in_features * (heads + size)
             module.out.fans = heads * (size + module.out.out_features)
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            if module.bias is not None:
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-            else:                      # a ResNet's: truncated normal of variance 1 / inputs
+            if module.bias is None:    # a ResNet's: truncated normal of variance 1 / inputs
                 std = module.weight[0].numel() ** -0.5
                 edge = 2 * std / 0.87962566             # the cut leaves a deviation of std
                 nn.init.trunc_normal_(module.weight, std=edge / 2, a=-edge, b=edge)
+            else:
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
         if hasattr(module, "fans"):
             limit = math.sqrt(6 / module.fans)
             nn.init.uniform_(module.weight, -limit, limit)
@@ -592,39 +595,30 @@ def starts_at_zero(layer):
     return layer
 
 
-def set_checkpointing(model, on=True):
+def set_checkpointing(model, on):
     """Whether training recomputes the activations of all layers: less memory, more time."""
     for module in model.modules():
         if isinstance(module, Layer):
             module.checkpointing = on
 
 
-def check_choice(value, choices, what):
-    if value not in choices:
-        expected = ", ".join(map(str, choices))
-        raise ValueError(f"unknown {what} {value!r}, expected one of {expected}")
-
-
-def check_multiple(number, what, factor, of):
-    if factor < 1 or number % factor:
-        raise ValueError(f"{what} {number} is not a multiple of {factor} ({of})")
+def check_multiples(what, factor, of, *numbers):
+    for number in numbers:
+        if not factor or number % factor:
+            raise UserError(f"{what} {number} is not a multiple of {factor} ({of})")
 
 
 # --------------------------------------------------------------------------------------------------
 # ResNet
 
-class ConvNorm(nn.Module):
+class ConvNorm(nn.Sequential):
     """Convolution without bias, then batch norm. Both sides are padded alike at any stride."""
 
-    def __init__(self, inputs, outputs, kernel, stride=1, dilation=1, scale=1.0):
+    def __init__(self, inputs, outputs, kernel, stride=1, dilation=1):
         super().__init__()
         padding = dilation * (kernel // 2)
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, bias=False)
         self.norm = nn.BatchNorm2d(outputs)
-        nn.init.constant_(self.norm.weight, scale)
-
-    def forward(self, x):
-        return self.norm(self.conv(x))
 
 
 class Bottleneck(nn.Module):
@@ -636,8 +630,9 @@ class Bottleneck(nn.Module):
         self.convs = nn.ModuleList([
             ConvNorm(inputs, width, 1),
             ConvNorm(width, width, 3, stride, dilation),
-            ConvNorm(width, 4 * width, 1, scale=0.0),
+            ConvNorm(width, 4 * width, 1),
         ])
+        nn.init.zeros_(self.convs[2].norm.weight)
         self.shortcut = nn.Identity()
         if inputs != 4 * width:
             self.shortcut = ConvNorm(inputs, 4 * width, 1, stride)
@@ -668,12 +663,11 @@ class ResNet(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        check_choice(c.resnet_variant, RESNET_STRIDES, "resnet_variant")
-        check_choice(c.resnet_depth, RESNET_BLOCKS, "resnet_depth")
         strides, self.freeze = RESNET_STRIDES[c.resnet_variant], c.freeze_bn
         w = int(64 * c.resnet_width)
+        half = w // 2
         if c.resnet_variant == "c3":
-            stem = [ConvNorm(3, w // 2, 3), ConvNorm(w // 2, w // 2, 3), ConvNorm(w // 2, w, 3)]
+            stem = [ConvNorm(3, half, 3), ConvNorm(half, half, 3), ConvNorm(half, w, 3)]
         else:
             stem = [ConvNorm(3, w, 7, 2)]
         self.stem, self.stages = nn.ModuleList(stem), nn.ModuleList()
@@ -681,8 +675,8 @@ class ResNet(nn.Module):
         channels, total = w, 2 * stem[0].conv.stride[0]         # total: stride from the image on
         for i, (stride, blocks) in enumerate(zip(strides, RESNET_BLOCKS[c.resnet_depth])):
             width, total = w << i, total * stride
-            # The first block of a dilated stage is not dilated, as in the reference.
-            dilation = 2 if c.resnet_variant == "dc5" and i == 3 else 1
+            # dc5's last stage is dilated, but not its first block, as in the reference.
+            dilation = 2 if i and stride == 1 else 1
             stage = [Bottleneck(channels, width, stride)]
             channels = 4 * width
             for _ in range(blocks - 1):
@@ -692,7 +686,7 @@ class ResNet(nn.Module):
         self.train()
 
     def norms(self):
-        return [m for m in self.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))]
+        return [module for module in self.modules() if hasattr(module, "running_mean")]
 
     def train(self, mode=True):
         super().train(mode)
@@ -706,8 +700,8 @@ class ResNet(nn.Module):
         for conv in self.stem:
             x = F.relu(conv(x))
         # Where a side is even, TensorFlow's 'SAME' pads only its end.
-        odd = x.shape[2] % 2, x.shape[3] % 2
-        x = F.max_pool2d(x, 3, 2, padding=odd, ceil_mode=True)
+        odd = [side % 2 for side in x.shape[2:]]
+        x = F.max_pool2d(x, 3, 2, odd, ceil_mode=True)
         for stage in self.stages:
             x = stage(x)
             maps.append(x)
@@ -717,12 +711,12 @@ class ResNet(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # parts of denoisers
 
-@dataclass(frozen=True)
+@frozen
 class ImageConfig:
     """What all networks share that make images."""
-    sample_size: tuple[int, int] = (32, 32)     # height and width of what is made
-    channels: int = 3                   # its channels
-    num_classes: int = 0                # labels, as condition (or features of that width); 0: none
+    sample_size: tuple[Count, Count] = (32, 32)    # height and width of what is made
+    channels: Count = 3                 # its channels
+    num_classes: Natural = 0            # labels, as condition (or features of that width); 0: none
 
     # No video and no logits, unless a network has them.
     frames, cond_frames, softmax_groups = 1, 0, 0
@@ -734,11 +728,11 @@ class ImageConfig:
         return self.channels, *frames, *self.sample_size
 
 
-@dataclass(frozen=True)
+@frozen
 class VideoConfig(ImageConfig):
     """What those share that make videos, too."""
-    frames: int = 1                     # of the sample; 1: an image
-    cond_frames: int = 0                # context frames of a video, as condition
+    frames: Count = 1                   # of the sample; 1: an image
+    cond_frames: Natural = 0            # context frames of a video, as condition
 
 
 class ScalarEmbedding(nn.Module):
@@ -746,33 +740,35 @@ class ScalarEmbedding(nn.Module):
 
     def __init__(self, dim, scaling, features=0, normalize=False):
         super().__init__()
-        check_multiple(dim, "width of the time embedding", 4, "sines and cosines")
+        check_multiples("width of the time embedding", 4, "sines and cosines", dim)
         self.scaling, self.normalize = scaling, normalize
         self.fc1, self.fc2 = nn.Linear(dim // 4, dim), nn.Linear(dim + features, dim)
 
     def forward(self, t, features=None):
         code = sincos(t.float() * self.scaling, self.fc1.in_features)       # (B, dim / 4)
         if self.normalize:
-            std = code.std(-1, correction=0, keepdim=True)
-            code = (code - code.mean(-1, keepdim=True)) / std
+            std = code.std(1, correction=0, keepdim=True)
+            code = (code - code.mean(1, keepdim=True)) / std
         x = F.silu(self.fc1(code))                      # (B, dim)
-        return self.fc2(x if features is None else torch.cat([x, features], -1))
+        return self.fc2(x if features is None else torch.cat([x, features], 1))
 
 
 def check_inputs(c, x, labels, **conditions):
-    """ValueError if a denoiser's input has another shape than it predicts, or if it gets a
-    condition that it does not take, or not one that it needs: name=(value, width or 0)."""
+    """UserError if a denoiser's input has another shape than it predicts, or if it gets a
+    condition that it does not take, or not one that it needs: name=(value, width or 0). Returns
+    the labels as `one_hot_labels` does."""
     if x.shape[1:] != c.sample_shape:
-        raise ValueError(f"samples of shape {tuple(x.shape[1:])}, expected {c.sample_shape}")
+        raise UserError(f"samples of shape {tuple(x.shape[1:])}, expected {c.sample_shape}")
     if labels is not None and not c.num_classes:
-        raise ValueError("labels: this network takes none")
+        raise UserError("labels: this network takes none")
     check_conditions(**conditions)
+    return one_hot_labels(labels, c.num_classes, x)
 
 
 def check_conditions(**conditions):
     for name, (value, width) in conditions.items():
         if (value is not None) != bool(width):
-            raise ValueError(f"{name}: this network {'needs them' if width else 'takes none'}")
+            raise UserError(f"{name}: this network {'needs them' if width else 'takes none'}")
 
 
 def one_hot_labels(labels, classes, x):
@@ -791,7 +787,7 @@ class SameConv2d(nn.Conv2d):
 
     def forward(self, x):
         pads, (kernel, _), (stride, _) = [], self.kernel_size, self.stride
-        for size in (x.shape[3], x.shape[2]):
+        for size in reversed(x.shape[2:]):
             total = max(kernel - (size % stride or stride), 0)
             pads += [total // 2, total - total // 2]
         return super().forward(F.pad(x, pads))
@@ -804,21 +800,6 @@ def group_norm(dim, like=None):
 
 # --------------------------------------------------------------------------------------------------
 # parts of a RIN
-
-def check_rin(c, extra):
-    """ValueError if options of a RIN contradict each other. extra: there are extra tokens."""
-    check_choice(c.self_cond, ("none", "latent", "interface", "latent+interface"), "self_cond")
-    for side in c.sample_size:
-        check_multiple(side, "sample_size", c.interface_patch, "interface_patch")
-    if c.cond_decoupled_read and (c.cond_writable or not extra):
-        raise ValueError(
-            "cond_decoupled_read needs extra tokens (time_on_latents=False or cond_on_latents=0) "
-            "and cond_writable=False")
-    if extra and c.cond_dim not in (0, c.interface_dim) and not c.cond_decoupled_read:
-        raise ValueError(
-            f"cond_dim {c.cond_dim} differs from interface_dim {c.interface_dim}: it needs "
-            f"cond_decoupled_read")
-
 
 def to_patches(x, patch_shape):
     """(B, C, [T,] H, W) -> (B, N, t * h * w * C); frames of zeros fill the last patch in time."""
@@ -870,46 +851,46 @@ class InterfaceConv(nn.Module):
 
     def forward(self, x):
         tokens, extra = x.tensor_split([math.prod(self.grid)], 1)
-        y = tokens.unflatten(1, self.grid).flatten(0, 1).permute(0, 3, 1, 2)    # (B * T, D, H, W)
+        y = tokens.unflatten(1, self.grid).flatten(0, 1).movedim(3, 1)      # (B * T, D, H, W)
         y = self.dropout(F.silu(self.norm(self.depthwise_conv(y))))
-        y = self.pointwise_conv(y).permute(0, 2, 3, 1)  # (B * T, H, W, D)
+        y = self.pointwise_conv(y).movedim(1, 3)        # (B * T, H, W, D)
         return torch.cat([tokens + y.reshape(tokens.shape), extra], 1)
 
 
 # --------------------------------------------------------------------------------------------------
 # RIN: Recurrent Interface Network, a denoiser (see diffusion.py)
 
-@dataclass(frozen=True)
+@frozen
 class RINConfig(VideoConfig):
     """Everything that fixes the shape of a RIN. The defaults are the reference's for CIFAR-10,
     without labels."""
     TASKS = "gen",
-    frame_stride: int = 1               # frames in a patch of a video
-    self_cond: str = "latent"           # of the last call: none, latent, interface or both with a +
-    interface_patch: int = 2            # side of the patch that becomes an interface token
-    interface_dim: int = 256            # interface: width
-    interface_mlp_ratio: int = 2        # MLP after a write: hidden width / interface_dim; 0: no MLP
-    interface_position: str = "learned"     # learned, sin_cos or sin_cos_plus_learned
-    latents: int = 128                  # latent tokens, those for time and condition included
-    latent_dim: int = 512               # latents: width
-    latent_mlp_ratio: int = 4           # latents: hidden width of an MLP / latent_dim
-    latent_heads: int = 16              # latents: heads of self-attention
-    latent_position: str = "learned"    # their start: learned, sin_cos or sin_cos_plus_learned
-    latent_layers: tuple[int, ...] = (2, 2, 2)  # latent layers of each block; 0: it only reads
-    rw_heads: int = 8                   # attention heads of reads and writes
+    frame_stride: Count = 1             # frames in a patch of a video
+    self_cond: Literal["none", "latent", "interface", "latent+interface"] = "latent"    # what
+    interface_patch: Count = 2          # side of the patch that becomes an interface token
+    interface_dim: Count = 256          # interface: width
+    interface_mlp_ratio: Natural = 2    # MLP after a write: hidden width / interface_dim; 0: no MLP
+    interface_position: PositionKind = "learned"    # of its tokens
+    latents: Count = 128                # latent tokens, those for time and condition included
+    latent_dim: Count = 512             # latents: width
+    latent_mlp_ratio: Count = 4         # latents: hidden width of an MLP / latent_dim
+    latent_heads: Count = 16            # latents: heads of self-attention
+    latent_position: PositionKind = "learned"   # their start
+    latent_layers: tuple[Natural, ...] = (2, 2, 2)  # of each block; 0: it only reads
+    rw_heads: Count = 8                 # attention heads of reads and writes
     rw_context_norm: bool = False       # a LayerNorm on what is read or written, too
-    conv_kernel: int = 0                # side of a depthwise convolution after a write; 0: none
-    conv_dropout: float = 0.0           # fraction of its units left out in training
-    time_scaling: float = 1000.0        # gamma is multiplied by this before it is coded
+    conv_kernel: Natural = 0            # side of a depthwise convolution after a write; 0: none
+    conv_dropout: Rate = 0.0            # fraction of its units left out in training
+    time_scaling: Positive = 1000.0     # gamma is multiplied by this before it is coded
     time_on_latents: bool = True        # the time token is a latent; else an extra token
-    cond_on_latents: int = 1            # condition tokens among the latents (1 per label); 0: extra
-    cond_dim: int = 0                   # width of extra tokens; 0: interface_dim
+    cond_on_latents: Natural = 1        # condition tokens among the latents (1 per label); 0: extra
+    cond_dim: Natural = 0               # width of extra tokens; 0: interface_dim
     cond_proj: bool = True              # a dense layer on the condition; else it has that width
     cond_writable: bool = False         # extra tokens are written, too
     cond_decoupled_read: bool = False   # extra tokens are read by layers of their own
-    drop_path: float = 0.1              # fraction of residual branches left out in training
-    dropout: float = 0.1                # fraction of MLP units left out in training
-    att_dropout: float = 0.0            # fraction of attention weights left out in training
+    drop_path: Rate = 0.1               # fraction of residual branches left out in training
+    dropout: Rate = 0.1                 # fraction of MLP units left out in training
+    att_dropout: Rate = 0.0             # fraction of attention weights left out in training
 
 
 class RINBlock(nn.Module):
@@ -918,38 +899,26 @@ class RINBlock(nn.Module):
 
     def __init__(self, c, layers, cond_dim, grid):
         super().__init__()
-        latent_mlp = c.latent_mlp_ratio * c.latent_dim
-        interface_mlp = c.interface_mlp_ratio * c.interface_dim
-        rw_dim = min(c.interface_dim, c.latent_dim)
-        attend = partial(
-            Layer,
-            heads=c.rw_heads,
-            self_attention=False,
-            context_norm=c.rw_context_norm,
-        )
-        self.read = attend(c.latent_dim, latent_mlp, context_dim=c.interface_dim, att_dim=rw_dim)
+        dim, latent_dim = c.interface_dim, c.latent_dim
+        latent_mlp = c.latent_mlp_ratio * latent_dim
+        attend = partial(Layer, self_attention=False, context_norm=c.rw_context_norm)
+        self.read = attend(latent_dim, latent_mlp, c.rw_heads, dim)
         self.read_cond = self.write = None
         if c.cond_decoupled_read:
-            width = min(cond_dim, c.latent_dim)
-            self.read_cond = attend(c.latent_dim, latent_mlp, context_dim=cond_dim, att_dim=width)
-        self.process = Layers(layers, c.latent_dim, latent_mlp, c.latent_heads, **dropouts(c))
+            self.read_cond = attend(latent_dim, latent_mlp, c.rw_heads, cond_dim)
+        self.process = Layers(layers, latent_dim, latent_mlp, c.latent_heads, **dropouts(c))
         if layers:
-            self.write = attend(
-                c.interface_dim, interface_mlp, context_dim=c.latent_dim, att_dim=rw_dim)
-        self.conv = nn.Identity()
-        if layers and c.conv_kernel:
-            self.conv = InterfaceConv(c, grid)
+            self.write = attend(dim, c.interface_mlp_ratio * dim, c.rw_heads, latent_dim)
+        self.conv = InterfaceConv(c, grid) if layers and c.conv_kernel else nn.Identity()
 
-    def forward(self, latents, interface, extra=None):
-        """latents (B, M, latent_dim), interface (B, N, interface_dim), and extra tokens that are
-        only read (B, K, cond_dim)."""
-        context = interface
-        if self.read_cond is not None:
-            latents = self.read_cond(latents, extra)
-        elif extra is not None:
-            context = torch.cat([interface, extra], 1)          # (B, N + K, interface_dim)
+    def forward(self, latents, interface, extra):
+        """latents (B, M, latent_dim), interface (B, N, interface_dim), and a list of extra tokens
+        that are only read (B, ., cond_dim), K together."""
+        if self.read_cond:
+            latents, extra = self.read_cond(latents, torch.cat(extra, 1)), []
+        context = torch.cat([interface, *extra], 1)             # (B, N + K, interface_dim)
         latents = self.process(self.read(latents, context))
-        if self.write is not None:
+        if self.write:
             interface = self.write(interface, latents)
         return latents, self.conv(interface)
 
@@ -962,42 +931,50 @@ class RIN(nn.Module):
     tokens or with a convolution fail or mix up tokens; here they are as one would expect.
     """
 
-    def __init__(self, config):
+    def __init__(self, c):
         super().__init__()
-        c = self.config = config
+        self.config = c
         self.video = len(c.sample_shape) == 4
         label_token = c.num_classes > 0 and not self.video      # in a video it goes with the time
-        cond_dim = c.cond_dim or c.interface_dim
-        check_rin(c, extra=not c.time_on_latents or label_token and not c.cond_on_latents)
+        dim, latent_dim = c.interface_dim, c.latent_dim
+        cond_dim = c.cond_dim or dim
+        extra = not c.time_on_latents or label_token and not c.cond_on_latents
+        check_multiples("sample_size", c.interface_patch, "interface_patch", *c.sample_size)
+        if c.cond_decoupled_read and (c.cond_writable or not extra):
+            raise UserError(
+                "cond_decoupled_read needs extra tokens (time_on_latents=False or "
+                "cond_on_latents=0) and cond_writable=False")
+        if extra and cond_dim != dim and not c.cond_decoupled_read:
+            raise UserError(
+                f"cond_dim {cond_dim} is not interface_dim {dim}: it needs cond_decoupled_read")
 
         rows, cols = (side // c.interface_patch for side in c.sample_size)
         steps = sum(math.ceil(frames / c.frame_stride) for frames in (c.frames, c.cond_frames))
         self.patch_shape = c.frame_stride, c.interface_patch, c.interface_patch, c.channels
         patch_dim = math.prod(self.patch_shape)
-        self.patch = nn.Linear(patch_dim, c.interface_dim)      # a convolution in the reference
-        self.patch.fans = patch_dim // c.channels * (c.channels + c.interface_dim)
-        self.patch_norm = layer_norm(c.interface_dim)
+        self.patch = nn.Linear(patch_dim, dim)                  # a convolution in the reference
+        self.patch.fans = patch_dim // c.channels * (c.channels + dim)
+        self.patch_norm = layer_norm(dim)
         self.interface_position = Position(
-            c.interface_position, rows, cols, c.interface_dim, c.time_scaling, steps)
+            c.interface_position, rows, cols, dim, c.time_scaling, steps)
         own = c.latents - c.time_on_latents - label_token * c.cond_on_latents
-        self.latent_position = Position(c.latent_position, own, 1, c.latent_dim, c.time_scaling)
+        self.latent_position = Position(c.latent_position, own, 1, latent_dim, c.time_scaling)
         self.time_emb = ScalarEmbedding(
-            c.latent_dim if c.time_on_latents else cond_dim,
+            latent_dim if c.time_on_latents else cond_dim,
             c.time_scaling,
             c.num_classes if self.video else 0,
             normalize=True,
         )
         self.cond_proj = None
         if label_token:
-            width = c.latent_dim if c.cond_on_latents else cond_dim
+            width = latent_dim if c.cond_on_latents else cond_dim
             self.cond_proj = nn.Linear(c.num_classes, width) if c.cond_proj else nn.Identity()
-        self.latent_prev = WarmStart(c.latent_dim, c.latent_mlp_ratio, "latent" in c.self_cond)
-        self.interface_prev = WarmStart(
-            c.interface_dim, c.interface_mlp_ratio, "interface" in c.self_cond)
+        self.latent_prev = WarmStart(latent_dim, c.latent_mlp_ratio, "latent" in c.self_cond)
+        self.interface_prev = WarmStart(dim, c.interface_mlp_ratio, "interface" in c.self_cond)
         self.blocks = nn.ModuleList(
             RINBlock(c, layers, cond_dim, (steps, rows, cols)) for layers in c.latent_layers)
-        self.norm = layer_norm(c.interface_dim)
-        self.output = nn.Linear(c.interface_dim, patch_dim)
+        self.norm = layer_norm(dim)
+        self.output = nn.Linear(dim, patch_dim)
         initialize(self)
 
     def tokens(self, x, at=None):
@@ -1018,15 +995,14 @@ class RIN(nn.Module):
         interface (B, N, interface_dim).
         """
         c = self.config
-        check_inputs(c, x, labels, frames=(frames, c.cond_frames))
-        labels = one_hot_labels(labels, c.num_classes, x)       # (B, num_classes)
+        labels = check_inputs(c, x, labels, frames=(frames, c.cond_frames))     # (B, num_classes)
         old_latents, old_interface = self_cond or (None, None)
 
         # Tokens for time and condition stand among the latents, or beside the interface.
         time = self.time_emb(gamma, labels if self.video else None)[:, None]        # (B, 1, D)
-        latents, extra = [self.latent_position.table().expand(len(x), -1, -1)], []
+        latents, extra = [self.latent_position.start(len(x)).flatten(1, 2)], []
         (latents if c.time_on_latents else extra).append(time)
-        if self.cond_proj is not None:
+        if self.cond_proj:
             token = self.cond_proj(labels)                      # (B, D) or (B, S, D)
             if token.dim() == 2:
                 token = token[:, None].expand(-1, max(c.cond_on_latents, 1), -1)
@@ -1036,13 +1012,10 @@ class RIN(nn.Module):
         interface = self.interface_prev(self.tokens(x), old_interface)      # (B, n, interface_dim)
         n = interface.shape[1]
         if frames is not None:
-            context = self.tokens(frames, slice(n, None))
-            interface = torch.cat([interface, context], 1)      # (B, N, interface_dim)
+            interface = torch.cat([interface, self.tokens(frames, slice(n, None))], 1)
         N = interface.shape[1]
         if c.cond_writable:
             interface, extra = torch.cat([interface, *extra], 1), []        # (B, N + K, ...)
-        extra = torch.cat(extra, 1) if extra else None          # (B, K, cond_dim)
-
         for block in self.blocks:
             latents, interface = block(latents, interface, extra)
 
@@ -1054,33 +1027,33 @@ class RIN(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # FIT, Far-reaching Interleaved Transformer (2305.12689): layers over groups, reads and writes
 
-@dataclass(frozen=True)
+@frozen
 class FITSizes(ImageConfig):
     """What both kinds of FIT that make images share."""
-    sample_size: tuple[int, int] = (64, 64)     # height and width of an image
+    sample_size: tuple[Count, Count] = (64, 64)    # height and width of an image
     fit_layers: str = "(2)4(2)4(2)"     # (local layers) layers of latents, and so on
-    fit_patch: int = 4                  # side of the patch that becomes a token
-    fit_dim: int = 512                  # tokens: width
-    fit_heads: int = 8                  # tokens: attention heads
-    fit_latents: int = 16               # latents of a group
-    fit_latent_dim: int = 768           # latents: width
-    fit_latent_heads: int = 12          # latents: attention heads
-    fit_mlp_ratio: int = 4              # hidden width of an MLP / width
-    fit_position: str = "learned"       # of tokens in a group, and of latents: learned or sin_cos
-    drop_path: float = 0.0              # fraction of residual branches left out in training
-    dropout: float = 0.0                # fraction of MLP units left out in training
-    att_dropout: float = 0.0            # fraction of attention weights left out in training
+    fit_patch: Natural = 4              # side of the patch that becomes a token
+    fit_dim: Count = 512                # tokens: width
+    fit_heads: Count = 8                # tokens: attention heads
+    fit_latents: Count = 16             # latents of a group
+    fit_latent_dim: Count = 768         # latents: width
+    fit_latent_heads: Count = 12        # latents: attention heads
+    fit_mlp_ratio: Count = 4            # hidden width of an MLP / width
+    fit_position: Code = "learned"      # of tokens in a group, of latents
+    drop_path: Rate = 0.0               # fraction of residual branches left out in training
+    dropout: Rate = 0.0                 # fraction of MLP units left out in training
+    att_dropout: Rate = 0.0             # fraction of attention weights left out in training
 
     # What a denoiser alone may have otherwise.
     fit_local_attention, fit_read_mlp, fit_context_norm = True, False, True
 
 
-@dataclass(frozen=True)
+@frozen
 class FITConfig(FITSizes):
     """Everything that fixes the shape of a FIT that denoises images."""
     TASKS = "gen",
-    self_cond: str = "latent"           # of the last call: none or latent
-    fit_grid: int = 4                   # groups are the cells of such a grid over the image
+    self_cond: Literal["none", "latent"] = "latent"     # of the last call
+    fit_grid: Count = 4                 # groups are the cells of such a grid over the image
     fit_local_attention: bool = True    # whether tokens attend to each other; else MLPs alone
     fit_read_mlp: bool = False          # an MLP after tokens and latents have read each other
     fit_context_norm: bool = True       # a LayerNorm on what is read, too
@@ -1092,11 +1065,12 @@ class FITBlock(nn.Module):
     latents of all groups attend to each other; the tokens read the latents of their group.
 
     local, processing: layers of tokens, of latents; without the latter a block ends after the first
+    last: whether nothing is written back
     causal: latents of a group, if no group may see later ones: then tokens read the group before
-    last: whether nothing is written back. cond: whether latents also read extra tokens
+    cond: whether latents also read extra tokens
     """
 
-    def __init__(self, c, local, processing, causal=0, last=False, cond=False):
+    def __init__(self, c, local, processing, last, causal=0, cond=False):
         super().__init__()
         self.causal = causal
         dim, latent_dim = c.fit_dim, c.fit_latent_dim
@@ -1107,30 +1081,27 @@ class FITBlock(nn.Module):
         self.process = Layers(
             processing, latent_dim, latent_mlp, c.fit_latent_heads, causal=causal, **dropouts(c))
         attend = partial(Layer, self_attention=False, context_norm=c.fit_context_norm)
-        between = dict(heads=min(c.fit_heads, c.fit_latent_heads), att_dim=min(dim, latent_dim))
+        heads = min(c.fit_heads, c.fit_latent_heads)
         self.read = self.read_cond = self.write = None
         if processing:
-            hidden = latent_mlp * c.fit_read_mlp
-            self.read = attend(latent_dim, hidden, context_dim=dim, **between)
-        if processing and cond:
-            self.read_cond = attend(latent_dim, 0, c.fit_latent_heads, context_dim=latent_dim)
-        if processing and not last:
-            hidden = mlp * c.fit_read_mlp
-            self.write = attend(dim, hidden, context_dim=latent_dim, **between)
+            self.read = attend(latent_dim, latent_mlp * c.fit_read_mlp, heads, dim)
+            if cond:
+                self.read_cond = attend(latent_dim, 0, c.fit_latent_heads, latent_dim)
+            if not last:
+                self.write = attend(dim, mlp * c.fit_read_mlp, heads, latent_dim)
 
     def forward(self, x, latents, cond=None):
         """x (B, G, N, dim), latents (B, G, M, latent_dim), and extra tokens (B, K, latent_dim)."""
         groups, x = x.shape[:2], self.local(x.flatten(0, 1))                # (B G, N, dim)
-        if self.read is not None:
+        if self.read:
             latents = self.read(latents.flatten(0, 1), x)                   # (B G, M, latent_dim)
             latents = latents.unflatten(0, groups).flatten(1, 2)            # (B, G M, latent_dim)
-            if self.read_cond is not None:
+            if self.read_cond:
                 latents = self.read_cond(latents, cond)
             latents = self.process(latents).unflatten(1, (groups[1], -1))   # (B, G, M, latent_dim)
-        if self.write is not None:
-            known = latents
-            if self.causal:
-                known = torch.cat([torch.zeros_like(latents[:, :1]), latents[:, :-1]], 1)
+        if self.write:
+            # Zeros stand before the first group.
+            known = F.pad(latents, (0, 0, 0, 0, 1, -1)) if self.causal else latents
             x = self.write(x, known.flatten(0, 1))
         return x.unflatten(0, groups), latents
 
@@ -1139,12 +1110,12 @@ def fit_blocks(c, **options):
     """FITBlocks of a FITSizes: for fit_layers "(2)4(1)" one of 2 local layers and 4 of latents, and
     one of 1 local layer."""
     if not re.fullmatch(r"(\(\d+\)[1-9]\d*)*\(\d+\)\d*", c.fit_layers):
-        raise ValueError(
+        raise UserError(
             f"fit_layers {c.fit_layers!r}: expected local layers in brackets, layers of latents "
             "behind them, and so on, as in '(2)4(2)4' or '(2)4(2)'")
     counts = re.findall(r"\((\d+)\)(\d*)", c.fit_layers)
     return nn.ModuleList(
-        FITBlock(c, int(local), int(processing or 0), last=n == len(counts), **options)
+        FITBlock(c, int(local), int(processing or 0), n == len(counts), **options)
         for n, (local, processing) in enumerate(counts, 1))
 
 
@@ -1153,14 +1124,14 @@ def fit_blocks(c, **options):
 
 def to_cells(x, side):
     """(B, C, H, W) -> (B, side * side, C, H / side, W / side), row by row."""
-    x = x.unflatten(3, (side, -1)).unflatten(2, (side, -1))                 # (B, C, s, h, s, w)
-    return x.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    rows = x.chunk(side, 2)
+    return torch.stack([cell for row in rows for cell in row.chunk(side, 3)], 1)
 
 
 def from_cells(cells, side):
     """The inverse of `to_cells`."""
-    x = cells.unflatten(1, (side, side)).permute(0, 3, 1, 4, 2, 5)          # (B, C, s, h, s, w)
-    return x.flatten(4, 5).flatten(2, 3)
+    rows = [torch.cat(row.unbind(1), 3) for row in cells.chunk(side, 1)]
+    return torch.cat(rows, 2)
 
 
 class FITStem(nn.Module):
@@ -1169,12 +1140,12 @@ class FITStem(nn.Module):
 
     def __init__(self, c, groups):
         super().__init__()
-        self.config = c
+        self.config, dim = c, c.fit_dim
         self.grid = tuple(side // c.fit_grid // c.fit_patch for side in c.sample_size)  # of a group
         self.patch_shape = 1, c.fit_patch, c.fit_patch, c.channels
-        self.patch = nn.Linear(math.prod(self.patch_shape), c.fit_dim)
-        self.patch_norm = layer_norm(c.fit_dim)
-        self.position = Position(c.fit_position, math.prod(self.grid), 1, c.fit_dim, 1000)
+        self.patch = nn.Linear(math.prod(self.patch_shape), dim)
+        self.patch_norm = layer_norm(dim)
+        self.position = Position(c.fit_position, math.prod(self.grid), 1, dim, 1000)
         self.latent_position = Position(
             c.fit_position, groups, c.fit_latents, c.fit_latent_dim, 1000)
 
@@ -1190,8 +1161,8 @@ class FITEncoder(FITStem):
     it. Its output are the latents, or where `fit_layers` ends with local layers, the tokens."""
 
     def __init__(self, c):
-        for side in c.image_size:
-            check_multiple(side, "image_size", c.fit_grid * c.patch_size, "fit_grid * patch_size")
+        check_multiples(
+            "image_size", c.fit_grid * c.patch_size, "fit_grid * patch_size", *c.image_size)
         sizes = FITConfig(
             sample_size=c.image_size,
             fit_layers=c.fit_layers,
@@ -1209,7 +1180,7 @@ class FITEncoder(FITStem):
         super().__init__(sizes, c.fit_grid ** 2 + c.fit_copies)
         self.copies, self.blocks = c.fit_copies, fit_blocks(sizes)
         self.norm, self.latent_norm = layer_norm(c.enc_dim), layer_norm(c.fit_latent_dim)
-        self.ends_local = self.blocks[-1].read is None
+        self.ends_local = not self.blocks[-1].read
         self.dim = c.enc_dim if self.ends_local else c.fit_latent_dim
         unused = self.latent_norm if self.ends_local else self.norm         # checkpoints have both
         unused.requires_grad_(False)
@@ -1230,15 +1201,14 @@ class FIT(FITStem):
     condition are tokens that all latents read."""
 
     def __init__(self, c):
-        check_choice(c.self_cond, ("none", "latent"), "self_cond")
-        for side in c.sample_size:
-            check_multiple(side, "sample_size", c.fit_grid * c.fit_patch, "fit_grid * fit_patch")
+        check_multiples(
+            "sample_size", c.fit_grid * c.fit_patch, "fit_grid * fit_patch", *c.sample_size)
         super().__init__(c, c.fit_grid ** 2)
-        self.time_emb = ScalarEmbedding(c.fit_latent_dim, 1000, normalize=True)
-        self.cond_proj = nn.Identity()
-        if c.num_classes and c.cond_proj:
-            self.cond_proj = nn.Linear(c.num_classes, c.fit_latent_dim)
-        self.latent_prev = WarmStart(c.fit_latent_dim, c.fit_mlp_ratio, c.self_cond == "latent")
+        dim = c.fit_latent_dim
+        self.time_emb = ScalarEmbedding(dim, 1000, normalize=True)
+        projected = c.num_classes and c.cond_proj
+        self.cond_proj = nn.Linear(c.num_classes, dim) if projected else nn.Identity()
+        self.latent_prev = WarmStart(dim, c.fit_mlp_ratio, c.self_cond == "latent")
         self.blocks = fit_blocks(c, cond=True)
         self.norm = layer_norm(c.fit_dim)
         self.output = nn.Linear(c.fit_dim, math.prod(self.patch_shape))
@@ -1255,11 +1225,9 @@ class FIT(FITStem):
         Returns the prediction, shaped like x, and the hidden state: latents (B, G, M, latent_dim).
         """
         c = self.config
-        check_inputs(c, x, labels)
-        cond = self.time_emb(gamma)[:, None]                    # (B, 1, latent_dim)
-        if c.num_classes:
-            token = self.cond_proj(one_hot_labels(labels, c.num_classes, x))
-            cond = torch.cat([cond, token.view(len(x), -1, c.fit_latent_dim)], 1)
+        labels = check_inputs(c, x, labels)                     # (B, num_classes)
+        token = self.cond_proj(labels).view(len(x), -1, c.fit_latent_dim)   # none without classes
+        cond = torch.cat([self.time_emb(gamma)[:, None], token], 1)         # (B, K, latent_dim)
         cells = to_cells(x, c.fit_grid)                         # (B, G, C, h, w)
         tokens = self.tokens(cells)                             # (B, G, N, D)
         latents = self.latent_prev(self.latent_position.start(len(x)), *(self_cond or ()))
@@ -1273,12 +1241,12 @@ class FIT(FITStem):
 # --------------------------------------------------------------------------------------------------
 # ImageAR: an image written pixel by pixel
 
-@dataclass(frozen=True)
+@frozen
 class ImageARConfig(FITSizes):
     """Everything that fixes the shape of an ImageAR."""
     TASKS = "ar",
-    levels: int = 256                   # of a colour: tokens in the vocabulary
-    fit_patch: int = 8                  # side of the patch that becomes a group; 0: one group
+    levels: between(2, 256) = 256       # of a colour: tokens in the vocabulary
+    fit_patch: Natural = 8              # side of the patch that becomes a group; 0: one group
     shared_embedding: bool = False      # one matrix embeds tokens and scores them
     output_bias: bool = True            # a bias on the scores of the tokens
 
@@ -1315,37 +1283,34 @@ class ImageAR(Vocabulary):
     RENAMES = "^decoder/layers/ blocks/0/local/\n^decoder/"
 
     def __init__(self, c):
-        if not 2 <= c.levels <= 256:
-            raise ValueError(f"levels {c.levels}: expected 2 to 256")
-        for side, patch in zip(c.sample_size, c.group_shape[1:]):
-            check_multiple(side, "sample_size", patch, "fit_patch")
-        super().__init__(c, c.levels, c.fit_dim)
+        check_multiples("sample_size", c.fit_patch or 1, "fit_patch", *c.sample_size)
+        dim, tokens = c.fit_dim, math.prod(c.group_shape)
+        super().__init__(c, c.levels, dim)
         self.config = c
-        tokens = math.prod(c.group_shape)
         self.groups = math.prod(c.sample_shape) // tokens
-        self.label_proj = nn.Linear(c.num_classes, c.fit_dim) if c.num_classes else None
-        self.position = Position(c.fit_position, tokens, 1, c.fit_dim, 1000)
+        self.label_proj = nn.Linear(c.num_classes, dim) if c.num_classes else None
+        self.position = Position(c.fit_position, tokens, 1, dim, 1000)
         self.blocks = fit_blocks(c, causal=c.fit_latents)
         self.latent_position = None
-        if self.blocks[0].read is not None:
+        if self.blocks[0].read:
             self.latent_position = Position(
                 c.fit_position, self.groups, c.fit_latents, c.fit_latent_dim, 1000)
-        self.norm = layer_norm(c.fit_dim)
+        self.norm = layer_norm(dim)
         initialize(self)
 
     def start(self, tokens, labels, at=None):
-        """Tokens before (B, ..., n) and labels -> what the first layer sees (B, ..., n, D). at:
+        """Tokens before (B, G, n) and labels -> what the first layer sees (B, G, n, D). at:
         positions in their group of those that it sees; None: the first ones."""
         x = self.position(F.embedding(tokens, self.embed), at)
-        if self.label_proj is not None:
+        if self.label_proj:
             label = self.label_proj(one_hot_labels(labels, self.config.num_classes, tokens))
-            x = x + label.view(len(x), *[1] * (x.ndim - 2), -1)
+            x = x + label[:, None, None]
         return x
 
     def forward(self, tokens, labels=None):
         """Teacher forcing: (B, G, N) int64 and labels (B,), -1 for none -> logits (B, G, N, V) of
         each token, which sees those before it."""
-        before = F.pad(tokens.flatten(1)[:, :-1], (1, 0)).view(tokens.shape)
+        before = F.pad(tokens.flatten(1), (1, -1)).view(tokens.shape)
         x = self.start(before, labels)                  # (B, G, N, D)
         latents = self.latent_position and self.latent_position.start(len(x))
         for block in self.blocks:
@@ -1363,7 +1328,7 @@ class ImageAR(Vocabulary):
         N, M = len(self.position.table()), self.config.fit_latents
         starts = self.latent_position and self.latent_position.start(B)     # (B, G, M, latent_dim)
         places = torch.arange(groups * max(N, M), device=given.device)
-        tokens = F.pad(given, (0, groups * N - K))
+        tokens = F.pad(given, (1, groups * N - K))      # a zero stands before the first
         process = [[Cache(layer, None, groups * M) for layer in block.process] for block in blocks]
         write = [                                      # at first the group before knows nothing
             block.write and Cache(block.write, torch.zeros_like(starts[:, 0])) for block in blocks]
@@ -1372,34 +1337,34 @@ class ImageAR(Vocabulary):
             seen = [[] for _ in blocks]                # what latents of each block will read
             for n in range(N):
                 t = g * N + n
-                last = tokens[:, t - 1:t] if t else tokens.new_zeros(B, 1)
                 at = places[n:n + 1]
-                x = self.start(last, labels, at)       # (B, 1, D)
+                x = self.start(tokens[:, None, t:t + 1], labels, at)[:, 0]  # (B, 1, D)
                 for i, block in enumerate(blocks):
                     x = block.local(x, caches=local[i], at=at)
                     seen[i].append(x)
-                    if block.write is not None:
+                    if block.write:
                         x = block.write(x, cache=write[i])
                 if t >= K:
                     logits = self.scores(self.norm(x))[:, 0].float()        # (B, V)
                     uniform = torch.rand(B, generator=generator, device=given.device)
-                    tokens[:, t] = sample_token(logits, uniform, **sampling)
-            latents = None if starts is None else starts[:, g]              # (B, M, latent_dim)
+                    tokens[:, t + 1] = sample_token(logits, uniform, **sampling)
+            if starts is not None:
+                latents = starts[:, g]                 # (B, M, latent_dim)
             for i, block in enumerate(blocks):
-                if block.read is not None:
+                if block.read:
                     latents = block.read(latents, torch.cat(seen[i], 1))
                     at = places[g * M:(g + 1) * M]
                     latents = block.process(latents, caches=process[i], at=at)
-                if block.write is not None:
+                if block.write:
                     write[i] = Cache(block.write, latents)
-        return tokens.view(B, groups, N)
+        return tokens[:, 1:].unflatten(1, (groups, N))
 
 
 def image_losses(forward, batch, c):
     """The cross entropy per token (B,), in nats, of the targets of a data.Batch, uint8 pixels."""
     tokens = image_tokens(batch.targets, c.model)
-    labels = batch.cond["labels"] if c.model.num_classes else None
-    return token_losses(forward(tokens, labels), tokens).flatten(1).mean(1)
+    logits = forward(tokens, batch.cond["labels"])
+    return token_losses(logits, tokens).flatten(1).mean(1)
 
 
 def image_loss(forward, batch, c):
@@ -1410,30 +1375,30 @@ def image_loss(forward, batch, c):
 # --------------------------------------------------------------------------------------------------
 # UNet
 
-@dataclass(frozen=True)
+@frozen
 class UNetConfig(VideoConfig):
     """Everything that fixes the shape of a UNet. The defaults are the reference's for CIFAR-10,
     without labels."""
     TASKS = "gen",
-    cond_channels: int = 0              # channels of a map, as condition; 0: none
-    context_dim: int = 0                # width of a sequence to attend to, as condition; 0: none
-    self_cond: str = "none"             # estimate of the last call as input: none, x, eps or auto
-    softmax_groups: int = 0             # predicts logits of so many groups of bits; 0: no logits
-    unet_dim: int = 256                 # width, to be multiplied
-    multipliers: tuple[int, ...] = (1, 1, 1)    # width of each resolution / unet_dim, finest first
-    res_blocks: tuple[int, ...] = (3, 3, 3)     # residual blocks going down; going up one more
-    kernel_sizes: tuple[int, ...] = (3,)    # side of their convolutions: one, or one per resolution
-    attention_at: tuple[int, ...] = (16, 8)     # heights of the feature maps that have attention
-    head_dim: int = 64                  # width of an attention head
-    transformer_layers: int = 0         # transformer on the coarsest map: layers; 0: none
-    transformer_dim: int = 256          # transformer: width
-    transformer_stride: int = 1         # transformer: side of the patch that becomes a token
-    transformer_position: str = "sin_cos"   # transformer: positions, sin_cos, learned or none
-    in_stride: int = 1                  # the sample is shrunk by this, and the prediction enlarged
-    in_kernel: int = 3                  # side of the first convolution
-    out_kernel: int = 3                 # side of the last one; with softmax_groups it is 1
-    time_scaling: float = 1000.0        # gamma is multiplied by this before it is coded
-    unet_dropout: float = 0.0           # fraction of units left out in training
+    cond_channels: Natural = 0          # channels of a map, as condition; 0: none
+    context_dim: Natural = 0            # width of a sequence to attend to, as condition; 0: none
+    self_cond: Literal["none", "x", "eps", "auto"] = "none"     # estimate of the last call as input
+    softmax_groups: Natural = 0         # predicts logits of so many groups of bits; 0: no logits
+    unet_dim: Count = 256               # width, to be multiplied
+    multipliers: tuple[Count, ...] = (1, 1, 1)  # width of each resolution / unet_dim, finest first
+    res_blocks: tuple[Count, ...] = (3, 3, 3)    # residual blocks going down; going up one more
+    kernel_sizes: tuple[Count, ...] = (3,)  # side of convolutions: one, or one per resolution
+    attention_at: tuple[Natural, ...] = (16, 8)    # heights of the feature maps that have attention
+    head_dim: Count = 64                # width of an attention head
+    transformer_layers: Natural = 0     # transformer on the coarsest map: layers; 0: none
+    transformer_dim: Count = 256        # transformer: width
+    transformer_stride: Count = 1       # transformer: side of the patch that becomes a token
+    transformer_position: Literal["sin_cos", "learned", "none"] = "sin_cos"     # of its tokens
+    in_stride: Count = 1                # the sample is shrunk by this, and the prediction enlarged
+    in_kernel: Count = 3                # side of the first convolution
+    out_kernel: Count = 3               # side of the last one; with softmax_groups it is 1
+    time_scaling: Positive = 1000.0     # gamma is multiplied by this before it is coded
+    unet_dropout: Rate = 0.0            # fraction of units left out in training
 
 
 class ResBlock(nn.Module):
@@ -1474,9 +1439,9 @@ class PixelAttention(nn.Module):
         return self.attend(x, self.self_norm, self.self_att)
 
     def attend(self, x, norm, attention, context=None):
-        y = norm(x).flatten(2).transpose(1, 2)          # (B, H * W, dim)
+        y = norm(x).flatten(2).mT                       # (B, H * W, dim)
         y = attention(y, attention.project(y if context is None else context))
-        return (x + y.transpose(1, 2).reshape(x.shape)) / math.sqrt(2)
+        return (x + y.mT.reshape(x.shape)) / math.sqrt(2)
 
 
 class UNetStage(nn.Module):
@@ -1516,10 +1481,10 @@ class UNetStage(nn.Module):
                 skips.append(x)
             if self.attention:
                 x = self.attention[i](x, context)
-        if self.conv_dn is not None:
+        if self.conv_dn:
             x = self.conv_dn(x)                         # (B, dim, H / 2, W / 2)
             skips.append(x)
-        if self.conv_up is not None:
+        if self.conv_up:
             x = self.conv_up(F.interpolate(x, scale_factor=2.0))            # (B, dim, 2 H, 2 W)
         return x
 
@@ -1531,16 +1496,17 @@ def depth_to_space(x, side):
 
 
 class MapTransformer(nn.Module):
-    """Transformer over the patches of a map (B, in_dim, H, W), with the time as one more token."""
+    """Transformer over such a grid of patches of a map (B, in_dim, H, W), with the time as one more
+    token."""
 
-    def __init__(self, c, in_dim, height, width):
+    def __init__(self, c, in_dim, grid):
         super().__init__()
         dim, side = c.transformer_dim, c.transformer_stride
         self.norm_in = group_norm(in_dim, like=dim)
         self.conv_in = nn.Conv2d(in_dim, dim, side, side)
         self.position = nn.Identity()
         if c.transformer_position != "none":
-            self.position = Position(c.transformer_position, height // side, width // side, dim)
+            self.position = Position(c.transformer_position, *grid, dim)
         self.emb_proj = nn.Linear(4 * c.unet_dim, dim)
         self.layers = Layers(
             c.transformer_layers, dim, 4 * dim, dim // c.head_dim, c.context_dim,
@@ -1549,10 +1515,10 @@ class MapTransformer(nn.Module):
 
     def forward(self, x, emb, context):
         x = self.conv_in(self.norm_in(x))
-        tokens = self.position(x.flatten(2).transpose(1, 2))                # (B, N, dim)
+        tokens = self.position(x.flatten(2).mT)                             # (B, N, dim)
         tokens = torch.cat([tokens, self.emb_proj(emb)[:, None]], 1)        # (B, N + 1, dim)
         tokens = self.layers(tokens, context)[:, :-1]
-        x = tokens.transpose(1, 2).reshape(x.shape)
+        x = tokens.mT.reshape(x.shape)
         return depth_to_space(self.conv_out(self.norm_out(x)), self.conv_in.stride[0])
 
 
@@ -1560,19 +1526,17 @@ class UNet(nn.Module):
     """UNet for diffusion (2006.11239), as in Bit Diffusion and Pix2Seq-D. The frames of a video are
     channels to it, those of the context too (as in 2205.09853)."""
 
-    def __init__(self, config):
+    def __init__(self, c):
         super().__init__()
-        c = self.config = config
+        self.config = c
         levels = len(c.res_blocks)
         widths = [multiplier * c.unet_dim for multiplier in c.multipliers]
         stride = c.in_stride * 2 ** (levels - 1)                # of the coarsest map
-        check_choice(c.self_cond, ("none", "x", "eps", "auto"), "self_cond")
-        for side in c.sample_size:
-            patch = stride * (c.transformer_stride if c.transformer_layers else 1)
-            check_multiple(side, "sample_size", patch, "stride of the coarsest map")
-        check_multiple(c.channels, "channels", c.softmax_groups or 1, "softmax_groups")
+        patch = stride * (c.transformer_stride if c.transformer_layers else 1)
+        check_multiples("sample_size", patch, "stride of the coarsest map", *c.sample_size)
+        check_multiples("channels", c.softmax_groups or 1, "softmax_groups", c.channels)
         if len(widths) != levels or len(c.kernel_sizes) not in (1, levels):
-            raise ValueError(
+            raise UserError(
                 f"res_blocks {c.res_blocks}, multipliers {c.multipliers}, kernel_sizes "
                 f"{c.kernel_sizes} differ in length")
 
@@ -1588,12 +1552,11 @@ class UNet(nn.Module):
             dim = width
         self.transformer = None
         if c.transformer_layers:
-            rows, cols = (side // stride for side in c.sample_size)
-            self.transformer = MapTransformer(c, dim, rows, cols)
+            self.transformer = MapTransformer(c, dim, [side // patch for side in c.sample_size])
             dim = c.transformer_dim // c.transformer_stride ** 2
-        for i, width in reversed(list(enumerate(widths))):
+        for i in reversed(range(levels)):
             self.up.insert(0, UNetStage(c, i, dim, skips, up=True))
-            dim = width
+            dim = widths[i]
         self.norm_out = group_norm(dim, like=c.unet_dim)
         outputs, kernel = c.channels, c.out_kernel
         if c.softmax_groups:
@@ -1618,21 +1581,21 @@ class UNet(nn.Module):
         makes the expected analog bits.
         """
         c = self.config
-        check_inputs(
+        labels = check_inputs(                                  # (B, num_classes)
             c, x, labels, frames=(frames, c.cond_frames), map=(map, c.cond_channels),
             context=(context, c.context_dim))
-        labels = one_hot_labels(labels, c.num_classes, x)       # (B, num_classes)
         emb = F.silu(self.time_emb(gamma, labels))              # (B, 4 * unet_dim)
-        inputs = [x]
-        if c.self_cond != "none":
-            inputs.append(torch.zeros_like(x) if self_cond is None else self_cond)
-        inputs += [part for part in (frames, map) if part is not None]
-        inputs = [part.flatten(1, -3) for part in inputs]       # frames become channels
-        x = self.norm_in(self.conv_in(torch.cat(inputs, 1)))
+        if c.self_cond == "none":
+            self_cond = None
+        elif self_cond is None:
+            self_cond = torch.zeros_like(x)
+        # Frames become channels.
+        parts = [part.flatten(1, -3) for part in (x, self_cond, frames, map) if part is not None]
+        x = self.norm_in(self.conv_in(torch.cat(parts, 1)))
         skips = [x]
         for stage in self.down:
             x = stage(x, emb, context, skips)
-        if self.transformer is not None:
+        if self.transformer:
             x = self.transformer(x, emb, context)
         for stage in reversed(self.up):                         # the first is the finest
             x = stage(x, emb, context, skips)
@@ -1643,15 +1606,16 @@ class UNet(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # Panoptic: masks of images and videos (Pix2Seq-D, 2210.06366)
 
-@dataclass(frozen=True)
+@frozen
 class PanopticConfig(EncoderConfig, UNetConfig):
     """Everything that fixes the shape of a Panoptic. sample_size and channels are those of the
     analog bits of a panoptic map."""
     TASKS = "pan", "vps"
-    encoder: str = "resnet"
-    resnet_variant: str = "c4"
-    channels: int = 16                  # 8 bits of class and 8 of instance
-    softmax_groups: int = 2             # class and instance are predicted as one choice each
+    encoder: Literal["vit", "resnet"] = "resnet"
+    resnet_variant: Literal["standard", "c4", "dc5", "c3"] = "c4"
+    cls_token: Literal[False] = False   # every token is of a patch
+    channels: Count = 16                # 8 bits of class and 8 of instance
+    softmax_groups: Natural = 2         # class and instance are predicted as one choice each
     unet_dim: int = 128
     multipliers: tuple[int, ...] = (1, 1, 2, 2)
     res_blocks: tuple[int, ...] = (1, 1, 1, 1)
@@ -1660,9 +1624,9 @@ class PanopticConfig(EncoderConfig, UNetConfig):
     transformer_dim: int = 512
     in_kernel: int = 1
     out_kernel: int = 1
-    past_frames: int = 0                # maps of earlier frames of a video, as condition
-    fuse_dim: int = 256                 # width of the image's features, if none is as large as maps
-    image_condition: str = "cat+attn"   # features beside the noisy map, tokens to attend to, both
+    past_frames: Natural = 0            # maps of earlier frames of a video, as condition
+    fuse_dim: Count = 256               # width of the image's features, if none is as large as maps
+    image_condition: Literal["cat", "attn", "cat+attn"] = "cat+attn"    # features beside it, tokens
 
 
 class UpsampleBlock(nn.Module):
@@ -1687,28 +1651,26 @@ class Panoptic(nn.Module):
         /gn([12])/                      /norm\1/
     """
 
-    def __init__(self, config):
+    def __init__(self, c):
         super().__init__()
-        c = self.config = config
-        check_choice(c.image_condition, ("cat", "attn", "cat+attn"), "image_condition")
-        check_choice(c.encoder, ("vit", "resnet"), "encoder")
+        self.config = c
         self.encoder = Encoder(c)
+        (height, width), (rows, columns) = c.sample_size, self.encoder.grid
+        if height * columns != width * rows:
+            raise UserError(
+                f"sample_size {c.sample_size}: expected a multiple of {self.encoder.grid}, patches")
         # The feature maps from the coarsest on are merged until they are as large as the masks.
-        masks, self.fuse = list(c.sample_size), nn.ModuleDict()
-        *shapes, (width, *size) = (c.fuse_dim, *masks), *self.encoder.shapes
+        shapes = [(c.fuse_dim, height, width), *self.encoder.shapes]
+        dim, size, self.fuse = c.enc_dim, [rows, columns], nn.ModuleDict()
         for i, (finer, *larger) in reversed(list(enumerate(shapes))):
-            fits = larger[0] <= masks[0] and larger[1] <= masks[1]
+            fits = larger[0] <= height and larger[1] <= width
             if fits and (i or size != larger):
-                self.fuse[str(i)] = UpsampleBlock(width, finer)
-                width, size = finer, larger
-        if size != masks or masks[0] * self.encoder.grid[1] != masks[1] * self.encoder.grid[0]:
-            raise ValueError(
-                f"sample_size {c.sample_size}: expected a multiple of {self.encoder.grid}, the "
-                f"patches of an image of {c.image_size}")
-        self.cond_dim = width
+                self.fuse[str(i)] = UpsampleBlock(dim, finer)
+                dim, size = finer, larger
+        self.cond_dim = dim
         self.denoiser = UNet(replace(
             c,
-            cond_channels=width + c.past_frames * c.channels,
+            cond_channels=dim + c.past_frames * c.channels,
             context_dim=c.enc_dim if "attn" in c.image_condition else 0,
         ))
         initialize(self)
@@ -1722,8 +1684,8 @@ class Panoptic(nn.Module):
         """
         c = self.config
         check_conditions(past=(past, c.past_frames))
-        tokens, maps = self.encoder(images, pyramid=True)
-        x = maps[-1]
+        tokens, maps = self.encoder(images)
+        x = tokens.mT.unflatten(2, self.encoder.grid)           # (B, enc_dim, rows, columns)
         finer = x.new_zeros(1, 1, *c.sample_size), *maps        # there is no map as large as masks
         for i, block in self.fuse.items():
             x = block(x, finer[int(i)])
@@ -1777,7 +1739,6 @@ SIZES = {
         enc_dim=256,
         enc_mlp=1024,
         enc_heads=8,
-        dec_layers=6,
         dec_dim=256,
         dec_mlp=1024,
         dec_heads=8,
@@ -1785,7 +1746,6 @@ SIZES = {
     "resnet50_c4": Pix2SeqConfig(
         encoder="resnet",
         resnet_variant="c4",
-        enc_layers=12,
         enc_dim=512,
         enc_mlp=2048,
         enc_heads=16,
@@ -1804,7 +1764,8 @@ SIZES = {
 
 
 def build(config):
-    """The network that a configuration is of."""
+    """The network that a configuration is of. UserError if a field is not of its type."""
+    tokenizer.check_fields(config)
     return next(network for network, kind in NETWORKS.values() if type(config) is kind)(config)
 
 
@@ -1830,6 +1791,10 @@ def print_sizes():
 # --------------------------------------------------------------------------------------------------
 # hardware: all that differs between cpu, cuda, mps and xla, one process and several
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Switch = Literal["auto", "on", "off"]
+
+
 class Device:
     """The hardware of this process, one of `world` that torchrun or `launch` started, or the only
     one.
@@ -1843,8 +1808,8 @@ class Device:
     """
 
     def __init__(self, name="auto", dtype="auto", compile="auto"):
-        check_choice(dtype, ("auto", "float32", "bfloat16", "float16"), "dtype")
-        check_choice(compile, ("auto", "on", "off"), "compile")
+        tokenizer.check_choice(dtype, get_args(Dtype), "dtype")
+        tokenizer.check_choice(compile, get_args(Switch), "compile")
         available = {
             "cuda": torch.cuda.is_available(),
             "mps": torch.backends.mps.is_available(),
@@ -1855,9 +1820,9 @@ class Device:
         if name == "auto":
             name = next(filter(available.get, available))
         self.type = self.name = name.partition(":")[0]
-        check_choice(self.type, ("auto", *available), "device")
+        tokenizer.check_choice(self.type, ("auto", *available), "device")
         if not available[self.type]:
-            raise ValueError(f"device {name} is not available on this machine")
+            raise UserError(f"device {name} is not available on this machine")
         self.device = torch.device(name)
         self.cuda = self.type == "cuda"
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -1871,7 +1836,7 @@ class Device:
         self.first = self.rank == 0
         if self.cuda:
             index = os.environ.get("LOCAL_RANK", self.device.index or 0)
-            self.device = torch.device("cuda", int(index))
+            self.device = torch.device(f"cuda:{index}")
             torch.cuda.set_device(self.device)
             self.name = torch.cuda.get_device_name()
         if "RANK" in os.environ:                        # torchrun started this process
@@ -1908,8 +1873,7 @@ class Device:
         """What is called in training, in place of the model."""
         self.compile(model)
         if self.world > 1:
-            model = DistributedDataParallel(
-                model, [self.device] if self.cuda else None, gradient_as_bucket_view=True)
+            model = DistributedDataParallel(model, gradient_as_bucket_view=True)
         return model
 
     def host(self, model):
@@ -1949,10 +1913,9 @@ class Device:
 
     def gather(self, items):
         """A list -> the lists of all processes."""
-        if self.world == 1:
-            return [items]
-        lists = [None] * self.world
-        dist.all_gather_object(lists, items)
+        lists = [items] * self.world
+        if self.world > 1:
+            dist.all_gather_object(lists, items)
         return lists
 
     def seed(self, number):
@@ -1990,10 +1953,10 @@ class Device:
             return False
         seconds, self.met = time.time() - self.met, time.time()
         steps = 5 * self.interval / max(seconds, 0.001) * self.first
-        said = self.sum({"asked": torch.tensor(float(self.asked)), "steps": torch.tensor(steps)})
-        self.interval = max(int(said["steps"].item()), 1)
+        said = self.sum({"asked": torch.tensor(self.asked), "steps": torch.tensor(steps)})
+        self.interval = max(int(said["steps"]), 1)
         self.meeting = step + self.interval
-        return said["asked"].item() > 0
+        return bool(said["asked"])
 
     def wait(self):
         """Until all processes are here."""
@@ -2068,6 +2031,12 @@ def save(path, content):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+        if hasattr(os, "O_DIRECTORY"):                  # Windows cannot open one
+            folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except RuntimeError as e:                           # torch's, for any failing write
+        raise OSError(f"{path} could not be written: {e}") from e
     finally:                                            # a failed save leaves nothing behind
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
@@ -2075,51 +2044,49 @@ def save(path, content):
 
 def load(path):
     """The content that `save` wrote, on the CPU. Only tensors and plain values are read: a file
-    from a stranger can run no code. FileNotFoundError or ValueError naming the file."""
+    from a stranger can run no code. UserError naming the file, also if a bit of it is wrong."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file")
     try:
+        with zipfile.ZipFile(path) as packed:
+            if broken := packed.testzip():
+                raise zipfile.BadZipFile(f"checksum of {broken}")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
     except Exception as e:                              # torch raises many types for a damaged file
         reason = f"{type(e).__name__}: {e}".splitlines()[0]
-        raise ValueError(f"{path}: damaged, truncated or no checkpoint ({reason})") from e
+        raise UserError(f"{path}: damaged, truncated or no checkpoint ({reason})") from e
     if not isinstance(content, dict) or not {"network", "config", "model"} <= content.keys():
-        raise ValueError(f"{path}: not a checkpoint of this code")
+        raise UserError(f"{path}: not a checkpoint of this code")
     if content.get("format") != FORMAT:
-        raise ValueError(
-            f"{path}: a checkpoint of another version of this code (format "
-            f"{content.get('format', 1)}, expected {FORMAT}); it must be trained again")
+        raise UserError(
+            f"{path}: has format {content.get('format', 1)}, expected {FORMAT}: to be trained anew")
     return content
 
 
 def load_weights(model, weights, names=None):
-    """Fills a model with {our name: tensor}. ValueError, and nothing is changed, if any is missing,
+    """Fills a model with {our name: tensor}. UserError, and nothing is changed, if any is missing,
     left over or of another shape, naming each: as `names`, {our name: name to report}, has it."""
     names, ours = names or {}, model.state_dict()
     weights = dict(weights)
-    wanted = {name for name in ours if not name.endswith("num_batches_tracked")}
-    for name in [name for name in weights if name.endswith("unembed") and name not in ours]:
-        twin = weights.get(name.replace("unembed", "embed"), weights[name][:0])
-        if torch.equal(weights[name], twin):            # older checkpoints have a shared one twice
+    for name in weights.keys() - ours.keys():           # older checkpoints have a shared one twice
+        twin = weights.get(name.replace("unembed", "embed"), torch.empty(0))
+        if name.endswith("unembed") and torch.equal(weights[name], twin):
             del weights[name]
-    problems = []
-    for name in sorted(wanted | weights.keys()):
+    problems = [
+        f"missing: {name} (shape {tuple(w.shape)})" for name, w in ours.items()
+        if name not in weights and not name.endswith("num_batches_tracked")]
+    for name, w in weights.items():
         theirs = names.get(name, name)
-        if name not in weights:
-            problems.append(f"missing: {name} (shape {tuple(ours[name].shape)})")
-        elif name not in ours:
+        if name not in ours:
             problems.append(f"left over: {theirs}")
-        elif weights[name].shape != ours[name].shape:
+        elif w.shape != ours[name].shape:
             problems.append(
-                f"wrong shape: {theirs} gives {tuple(weights[name].shape)}, expected "
-                f"{tuple(ours[name].shape)}")
+                f"wrong shape: {theirs} gives {tuple(w.shape)}, expected {tuple(ours[name].shape)}")
     if problems:
-        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
-        shown = "\n  ".join(problems[:20])
-        raise ValueError(f"these weights do not fit the model:\n  {shown}{more}")
-    with torch.no_grad():
-        for name, w in weights.items():
-            ours[name].copy_(w)
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise UserError(
+            f"these weights do not fit the model: {'; '.join(sorted(problems)[:5])}{more}")
+    model.load_state_dict(weights, strict=False)
 
 
 @torch.no_grad()
@@ -2133,7 +2100,7 @@ def adapt_weights(weights, model, adapt=False, grid=None):
              vocabulary, or extends them by the rows that the model has; earlier maps weigh nothing.
     grid:    (rows, columns) of the learned image positions in the weights; None: as the model's, or
              else square
-    Returns the weights and a line about each that was changed. ValueError that names each, if not
+    Returns the weights and a line about each that was changed. UserError that names each, if not
     `adapt`. Tokens must mean the same in both.
     """
     weights, notes = dict(weights), []
@@ -2148,26 +2115,26 @@ def adapt_weights(weights, model, adapt=False, grid=None):
         elif w.shape[1:] != ours.shape[1:]:
             continue
         elif name in ("encoder.position.code", "proj_position.code"):
-            new, side = model.encoder.grid, math.isqrt(len(w))
-            old = grid or (new if len(w) == len(ours) else (side, side))
+            new = model.encoder.grid
+            old = grid or (new if len(w) == len(ours) else 2 * (math.isqrt(len(w)),))
             if math.prod(old) != len(w):
-                raise ValueError(f"{name}: {len(w)} positions, whose grid is not {old}")
+                raise UserError(f"{name}: {len(w)} positions, whose grid is not {old}")
             if old != new:
                 notes.append(f"{name}: grid of {old}, the model has {new}")
                 image = w.T.reshape(1, -1, *old)        # (1, D, rows, columns)
                 image = F.interpolate(image, new, mode="bicubic", antialias=True)
                 w = image[0].flatten(1).T
-        elif name in DECODER_TABLES and len(w) != len(ours):
+        elif len(w) != len(ours) and re.fullmatch(DECODER_TABLES, name):
             notes.append(f"{name}: {len(w)} rows, the model has {len(ours)}")
             w = torch.cat([w[:len(ours)].to(ours), ours[len(w):]])
         weights[name] = w
     if notes and not adapt:
-        shown = "\n  ".join(notes)
-        raise ValueError(f"these weights are of another size; --adapt would fit them:\n  {shown}")
+        raise UserError(
+            f"these weights are of another size; --adapt would fit them: {'; '.join(notes)}")
     return weights, notes
 
 
-DECODER_TABLES = {"decoder.position.code", "decoder.embed", "decoder.unembed", "decoder.bias"}
+DECODER_TABLES = r"decoder\.(position\.code|embed|unembed|bias)"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2268,19 +2235,17 @@ def from_reference(weights, renames=""):
         w = torch.tensor(value, dtype=torch.float32)
         if re.search(r"_att/[qkv]/", name):             # (D x) heads x hs
             w = w.flatten(-2)
-        elif name.endswith("_att/out/weight"):          # heads x hs x D
-            w = w.flatten(0, 1)
-        elif re.search(r"(^|/)stem/kernel$", theirs):   # (frames x) rows x cols x in x out
-            w = w.flatten(0, -2)
+        elif re.search("(^|/)(_output_dense|stem)/kernel$", theirs):
+            w = w.flatten(0, -2)                        # heads x hs, (frames x) rows x cols x in
         elif theirs.endswith("/depthwise_kernel"):      # kh x kw x channels x 1
             w = w.transpose(2, 3)
         if re.search("/(depthwise_)?kernel$", theirs):  # in x out, or kh x kw x in x out
-            w = w.permute(3, 2, 0, 1) if w.dim() == 4 else w.T
+            w = w.movedim((-1, -2), (0, 1))
         name = name.replace("/", ".")
-        renamed[name], names[name] = w.contiguous(), theirs
-    for k in [name for name in renamed if "_att.k." in name]:
-        v, kv = k.replace(".k.", ".v."), k.replace(".k.", ".kv.")
-        if v in renamed:                                # we project keys and values at once
+        renamed[name], names[name] = w, theirs
+    for k in list(renamed):
+        v, kv = k.replace("_att.k.", "_att.v."), k.replace("_att.k.", "_att.kv.")
+        if v != k and v in renamed:                     # we project keys and values at once
             renamed[kv] = torch.cat([renamed.pop(k), renamed.pop(v)])
             names[kv] = f"{names.pop(k)} + {names.pop(v)}"
     return renamed, names
@@ -2297,7 +2262,7 @@ def read_reference_checkpoint(path):
 
     path: its folder (the file `checkpoint` there tells which), or DIR/ckpt-N of its files
           DIR/ckpt-N.index and DIR/ckpt-N.data-00000-of-00001
-    Needs TensorFlow. FileNotFoundError or ValueError naming the file.
+    Needs TensorFlow. FileNotFoundError or UserError naming the file.
     """
     try:
         import tensorflow as tf
@@ -2307,18 +2272,15 @@ def read_reference_checkpoint(path):
         ) from e
     prefix = re.sub(r"\.(index|data-\d+-of-\d+)$", "", path)
     if os.path.isdir(path):
-        listing = f"{path}/checkpoint"
-        with open(listing) as f:
+        with open(f"{path}/checkpoint", errors="replace") as f:
             latest = re.search(r'^model_checkpoint_path: "(.+)"', f.read(), re.M)
         if not latest:
-            raise ValueError(f"{listing}: names no checkpoint")
+            raise UserError(f"{path}/checkpoint: names no checkpoint")
         prefix = f"{path}/{os.path.basename(latest[1])}"            # it may be from elsewhere
     shards = glob.glob(glob.escape(prefix) + ".data-*-of-*")
     count = int(shards[0].rpartition("-")[2]) if shards else 1
-    parts = [f"data-{i:05}-of-{count:05}" for i in range(count)]
-    for part in ["index", *parts]:
-        if not os.path.exists(f"{prefix}.{part}"):
-            raise FileNotFoundError(f"{prefix}.{part}: no such file")
+    for part in ["index", *(f"data-{i:05}-of-{count:05}" for i in range(count))]:
+        os.stat(f"{prefix}.{part}")                     # or FileNotFoundError
     weights = {}
     try:
         reader = tf.train.load_checkpoint(prefix)
@@ -2328,9 +2290,9 @@ def read_reference_checkpoint(path):
                 weights[name] = reader.get_tensor(key)
     except Exception as e:                              # TensorFlow raises many types
         reason = f"{type(e).__name__}: {e}".splitlines()[0]
-        raise ValueError(f"{prefix}: damaged or truncated ({reason})") from e
+        raise UserError(f"{prefix}: damaged or truncated ({reason})") from e
     if not weights:
-        raise ValueError(f"{prefix}: no weights under model/, so not a checkpoint of the reference")
+        raise UserError(f"{prefix}: no weights under model/, so not a checkpoint of the reference")
     return weights
 
 
@@ -2340,16 +2302,19 @@ def convert(path, c, categories=()):
 
     categories: annotation files in COCO's format that name the classes and their keypoints; without
                 any, they are named by number, as far as COCO's 90 (panoptic: 133)
-    ValueError and FileNotFoundError, as what it calls.
+    UserError and FileNotFoundError, as what it calls.
     """
+    import data
+
     weights, model = read_reference_checkpoint(path), build(c.model)
-    names = sorted(weights, key=lambda name: "_ema/" in name)           # averaged ones win
-    weights = {name.replace("_ema/", "/"): weights[name] for name in names}
+    for name in list(weights):
+        if "_ema/" in name:                             # averaged ones win
+            weights[name.replace("_ema/", "/")] = weights.pop(name)
     counted = isinstance(c.model, PanopticConfig)       # whose labels count the categories
     if not counted:                                     # its denoiser is not all of it
         part = "/denoiser/"
-        of_part = {name.replace(part, "/"): w for name, w in weights.items() if part in name}
-        weights = of_part or weights
+        weights = {
+            name.replace(part, "/"): w for name, w in weights.items() if part in name} or weights
     load_reference_weights(model, weights)
     if isinstance(c.model, Pix2SeqConfig):
         labels = range(1, c.vocab.max_label + 1)
@@ -2358,14 +2323,15 @@ def convert(path, c, categories=()):
         labels, default = range(1 << 24), range(1, 134)
     else:
         labels = default = range(c.model.num_classes)
-    known, kept = {}, ("name", "keypoints", "skeleton", "isthing")
+    known = {}
     for file in categories:
-        with open(file, encoding="utf-8") as f:
-            rows = json.load(f)["categories"]
-        for row in rows:
-            if row["id"] not in labels:
-                raise ValueError(f"{file}: category {row['id']} is not of {labels}")
-            known.setdefault(row["id"], {}).update({k: row[k] for k in kept if k in row})
+        rows = data.read_json(file, ())["categories"]
+        if not rows:
+            raise UserError(f"{file}: no categories")
+        for i, row in data.read_categories(file, rows, "kpt", (), 1 << 24).items():
+            if i not in labels:
+                raise UserError(f"{file}: category {i} is not of {labels}")
+            known.setdefault(i, {}).update(row)
     rows = tuple(
         {"id": i, "name": str(i), **known.get(i, {}), "label": n if counted else i}
         for n, i in enumerate(sorted(known) or default, 1))
@@ -2378,9 +2344,11 @@ def convert(path, c, categories=()):
     }
 
 
+@tokenizer.script
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    import sample
+
+    parser = sample.Parser(description=__doc__)
     parser.add_argument(
         "--convert", nargs=3, metavar=("DIR", "OUT", "PRESET"),
         help="TensorFlow checkpoint of the reference, the file to write, the preset that it is of")
@@ -2395,13 +2363,9 @@ def main():
     from train import PRESETS
 
     source, target, preset = args.convert
-    try:
-        check_choice(preset, PRESETS, "preset")
-        c = PRESETS[preset].config
-        c = replace(c, vocab=replace(c.vocab, pieces=args.pieces))
-        save(target, convert(source, c, args.categories))
-    except (ImportError, OSError, ValueError) as e:
-        sys.exit(f"error: {e}")
+    tokenizer.check_choice(preset, PRESETS, "preset")
+    c = sample.changed(PRESETS[preset].config, pieces=args.pieces)
+    save(target, convert(source, c, args.categories))
     print(f"written to {target}; next: python sample.py photo.jpg --ckpt={target}")
 
 

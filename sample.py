@@ -11,6 +11,7 @@ Left out: whole datasets (eval.py).
     python sample.py --ckpt=out/gen_shapes --class=circle --sample_steps=50 --guidance=2 --strip
 """
 import argparse
+import contextlib
 import difflib
 import glob
 import inspect
@@ -22,15 +23,17 @@ import re
 import sys
 import textwrap
 import typing
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
-from functools import cached_property
-from itertools import cycle
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from functools import cached_property, lru_cache, partial
+from itertools import count, cycle, zip_longest
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
 from pycocotools import mask as mask_tools
 from torch.utils.data import default_collate
+from tqdm import tqdm
 
 import data
 import diffusion
@@ -40,8 +43,10 @@ from diffusion import DiffusionConfig
 from model import (
     NETWORKS,
     Device,
+    Dtype,
     ImageConfig,
     Pix2SeqConfig,
+    Switch,
     attention_maps,
     build,
     image_losses,
@@ -50,36 +55,36 @@ from model import (
     load_weights,
     token_image,
 )
-from tokenizer import Vocab
+from tokenizer import Count, Fraction, Natural, NotNegative, Rate, Seed, UserError, Vocab, frozen
 
 
-@dataclass(frozen=True)
+@frozen
 class SamplingConfig:
     """How a trained model is asked, and how its answers are scored; may change at any time."""
-    top_p: float = 0.4                  # det: top-p of sampling tokens (1904.09751)
-    top_k: int = 0                      # sample among the k likeliest tokens, in every task; 0: all
-    temperature: float = 1.0            # of sampling tokens, in every task; 0: the likeliest
-    seg_samples: int = 8                # seg: sampled polygons that are averaged into a mask
-    seg_top_p: float = 0.8              # seg: top-p
-    kpt_top_p: float = 0.1              # kpt: top-p
-    cap_top_p: float = 1.0              # cap: top-p
-    ar_top_p: float = 1.0               # ar: top-p
-    sample_schedule: str = "cosine"     # gen: noise schedule gamma(t) of sampling
-    sample_steps: int = 100             # gen: sampling steps
-    later_steps: int = 0                # vps: those of all frames but the first; 0: as many
-    sampler: str = "ddim"               # gen: ddim, ddpm, ddpm@large or ddpm@small
-    guidance: float = 0.0               # gen: classifier-free guidance scale
-    td: float = 0.0                     # gen: asymmetric time intervals, extra length of each step
-    self_cond_decay: float = 0.0        # gen: weight of the past in self-conditioning
-    eval_samples: int = 200             # gen: samples per evaluation
-    min_pixels: int = 40                # pan, vps: smaller instances are left out
-    split_pixels: int = 0               # pan, vps: so large a part of another class stays; 0: none
-    proxy_classifier: bool = False      # gen: train a small classifier that scores the samples
-    inception: str = ""                 # gen: TorchScript file for FID: inception-2015-12-05.pt
+    top_p: Fraction = 0.4               # det: top-p of sampling tokens (1904.09751)
+    top_k: Natural = 0                  # sample among the k likeliest tokens, in every task; 0: all
+    temperature: NotNegative = 1.0      # of sampling tokens, in every task; 0: the likeliest
+    seg_samples: tokenizer.between(1, 255) = 8  # seg: sampled polygons, averaged into a mask
+    seg_top_p: Fraction = 0.8           # seg: top-p
+    kpt_top_p: Fraction = 0.1           # kpt: top-p
+    cap_top_p: Fraction = 1.0           # cap: top-p
+    ar_top_p: Fraction = 1.0            # ar: top-p
+    sample_schedule: str = "cosine"     # gen, pan, vps: noise schedule gamma(t) of sampling
+    sample_steps: Count = 100           # gen, pan, vps: sampling steps
+    later_steps: Natural = 0            # vps: those of all frames but the first; 0: as many
+    sampler: typing.Literal[tuple(diffusion.SAMPLERS)] = "ddim"  # gen, pan, vps: how noise goes
+    guidance: NotNegative = 0.0         # gen: classifier-free guidance scale
+    td: NotNegative = 0.0               # gen, pan, vps: asymmetric time intervals, extra length
+    self_cond_decay: Rate = 0.0         # gen, pan, vps: weight of the past in self-conditioning
+    eval_samples: Count = 200           # gen, ar: samples per evaluation
+    min_pixels: Natural = 40            # pan, vps: smaller instances are left out
+    split_pixels: Natural = 0           # pan, vps: so large a part of another class stays; 0: none
+    proxy_classifier: bool = False      # gen, ar: train a small classifier that scores the samples
+    inception: str = ""                 # gen, ar: TorchScript file for FID: inception-2015-12-05.pt
     i3d: str = ""                       # gen: TorchScript file for FVD: i3d_torchscript.pt
 
 
-@dataclass(frozen=True)
+@frozen
 class Config:
     """What defines a trained model and its data; train.Config adds how it was trained."""
     model: Pix2SeqConfig | ImageConfig = Pix2SeqConfig()
@@ -112,7 +117,7 @@ class Inputs:
     levels: tuple = ()
     rows: int = 0
     callback: typing.Callable | None = None
-    context: torch.Tensor | None = field(default=None, init=False)
+    context = None                                     # the encoded images, once they are
 
     @cached_property
     def images(self):
@@ -126,7 +131,7 @@ class Inputs:
     def encode(self, model):
         """The encoded images (B, N, dec_dim)."""
         if self.context is None:
-            self.context = encode_views(model, self.images, self.views)
+            self.context = model.encode(view_images(model, self.images, self.views))
         return self.context
 
 
@@ -137,17 +142,16 @@ class Inputs:
 def detect(model, inputs, c):
     """[{objects}]: the model's own, or the ones that `inputs` came with (2109.10852)."""
     if inputs.objects is None:
-        prompts = torch.full((len(inputs.records), 1), tokenizer.PROMPT_DET)
         out = generate(
             model,
             inputs,
-            prompts,
+            torch.full((len(inputs.records), 1), tokenizer.PROMPT_DET),
             length=5 * c.data.max_objects,
             top_p=c.sampling.top_p,
             end=tokenizer.PAD,
             return_logprobs=c.vocab.classes,
         )
-        inputs.objects = read_objects(inputs.views, out.tokens[:, 0], out.logprobs[:, 0], c)
+        inputs.objects = list(read_objects(inputs.views, out.tokens[:, 0], out.logprobs[:, 0], c))
     return [{"objects": objects} for objects in inputs.objects]
 
 
@@ -165,19 +169,13 @@ def generate(model, inputs, prompts, context=None, **options):
 
 
 def read_objects(views, tokens, class_logprobs, c):
-    """Detection sequences (B, T) and (B, T, classes) -> per image a list of objects. Left out: what
-    stands after the end of a sequence, labels without a category, empty boxes."""
+    """Detection sequences (B, T) and (B, T, classes) -> yields per image a list of objects. Left
+    out: what stands after the end of a sequence, and what `as_objects` leaves out."""
     labels, boxes, scores = tokenizer.decode_detection(tokens, class_logprobs, c.vocab)
-    id_of = {category["label"]: category["id"] for category in c.categories}
-    corners = boxes.float().cpu().numpy().reshape(len(views), -1, 2, 2).astype(np.float64)
-    found = []
-    for view, yx, of_box, sure in zip(views, corners, labels.tolist(), scores.tolist()):
+    corners = boxes.unflatten(2, (2, 2)).cpu().numpy()
+    for view, yx, *rows in zip(views, corners, labels.tolist(), scores.tolist()):
         yx = view.to_image(yx).clip((view.top, view.left), (view.bottom, view.right))
-        found.append([
-            {"category_id": id_of[label], "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
-            for ((y0, x0), (y1, x1)), label, score in zip(yx.tolist(), of_box, sure)
-            if score > 0 and label in id_of and y1 > y0 and x1 > x0])
-    return found
+        yield as_objects(yx.reshape(-1, 4).tolist(), *rows, c.categories)
 
 
 @torch.no_grad()
@@ -189,7 +187,7 @@ def predict(model, inputs, c, tasks, table=None):
     for task in table:
         if task in tasks:
             for prediction, said in zip(predictions, table[task](model, inputs, c)):
-                prediction.update(said)
+                prediction |= said
     model.train(training)
     return predictions
 
@@ -200,9 +198,10 @@ def predict(model, inputs, c, tasks, table=None):
 def segment(model, inputs, c):
     """[{objects}], with a mask each: sampled polygons, averaged (2206.07669, section 2.3)."""
     found = detect(model, inputs, c)
-    boxes, labels = prompt_boxes(inputs.views, inputs.objects, c)
-    prompts = tokenizer.instance_prompt(tokenizer.PROMPT_SEG, boxes, labels, c.vocab)
-    for start in range(0, prompts.shape[1], 16):       # the cache of keys limits how many at a time
+    prompts = tokenizer.instance_prompt(
+        tokenizer.PROMPT_SEG, *prompt_boxes(inputs.views, inputs.objects, c), c.vocab)
+    starts = range(0, prompts.shape[1], 16)            # the cache of keys limits how many at a time
+    for start in tqdm(starts, "masks", leave=False, disable=None if len(starts) > 2 else True):
         out = generate(
             model,
             inputs,
@@ -212,8 +211,8 @@ def segment(model, inputs, c):
             top_p=c.sampling.seg_top_p,
             end=tokenizer.PAD,
         )
-        points = tokenizer.decode_points(out.tokens, c.vocab).cpu()
-        points = points.unflatten(1, (-1, c.sampling.seg_samples))             # (B, G, samples, P)
+        points = tokenizer.decode_points(out.tokens, c.vocab).cpu().unflatten(
+            1, (-1, c.sampling.seg_samples))                                   # (B, G, samples, P)
         for image, view, objects, rows in zip(inputs.images, inputs.views, inputs.objects, points):
             for obj, polygons in zip(objects[start:], rows):
                 add_mask(obj, view, polygons, image.size)
@@ -230,18 +229,19 @@ def find_keypoints(model, inputs, c):
         for start in range(0, len(people), 32):
             part = people[start:start + 32]
             views = [keypoint_view(image, obj["bbox"], c) for obj in part]
-            boxes, labels = prompt_boxes(views, [[obj] for obj in part], c)
-            prompts = tokenizer.instance_prompt(tokenizer.PROMPT_KPT, boxes, labels, c.vocab)
+            prompts = tokenizer.instance_prompt(
+                tokenizer.PROMPT_KPT, *prompt_boxes(views, [[obj] for obj in part], c), c.vocab)
             out = generate(
                 model,
                 inputs,
                 prompts,
-                context=encode_views(model, [image] * len(part), views),
+                context=model.encode(view_images(model, [image] * len(part), views)),
                 length=2 * max(counts.values()),
                 top_p=c.sampling.kpt_top_p,
                 suppress=tokenizer.INVISIBLE,
             )
-            tokens, probs = out.tokens[:, 0].cpu(), out.probs[:, 0].cpu()
+            tokens = out.tokens[:, 0].cpu()
+            probs = out.probs[:, 0].cpu()
             scores = tokenizer.point_score(torch.tensor([o["score"] for o in part]), tokens, probs)
             points = tokenizer.decode_points(tokens, c.vocab).numpy()
             for obj, view, row, score in zip(part, views, points, scores.tolist()):
@@ -266,16 +266,18 @@ def make_images(model, inputs, c):
     """[{pixels, label}]: a new image of the record's label, (H, W, C) uint8, or a clip (T, H, W, C)
     that goes on from the record's context frames; with `levels`, the losses at each of them."""
     # Every example sees the network's own estimate, as in sampling, and none is mirrored.
-    c, batch = changed(c, self_cond_rate=1.0, self_cond_masking=False), unmirrored(model, inputs, c)
-    losses, count = [], len(inputs.records)
+    c = changed(c, self_cond_rate=1.0, self_cond_masking=False)
+    batch = unmirrored(model, inputs, c)
+    losses = []
     for t in inputs.levels:
-        times = torch.full((count,), t, device=device_of(model))
+        times = torch.full_like(batch.weights, t)      # one per example
         noise = inputs.generator.clone_state()         # the same at every level
         losses.append(diffusion.denoising_losses(model, batch, c, times, noise).cpu().numpy())
-    pixels = diffusion.generate(model, c, count, batch.cond, inputs.generator, inputs.callback)
+    pixels = diffusion.generate(
+        model, c, len(batch.targets), batch.cond, inputs.generator, inputs.callback)
     if c.model.cond_frames:
         pixels = torch.cat([batch.cond["frames"], pixels], 2)
-    return made(inputs, pixels, "losses", list(zip(*losses)) or [()] * count)
+    return made(inputs, pixels, "losses", zip(*losses))
 
 
 def write_images(model, inputs, c):
@@ -283,12 +285,13 @@ def write_images(model, inputs, c):
     that begins with `rows` of the record's own; with `levels`, also the bits per dimension of the
     record's pixels."""
     batch = unmirrored(model, inputs, c)
-    labels = batch.cond["labels"] if c.model.num_classes else None
     tokens = image_tokens(batch.targets, c.model).flatten(1)
-    s, given = c.sampling, tokens[:, :inputs.rows * tokens.shape[1] // c.model.sample_size[0]]
+    given = tokens[:, :inputs.rows * tokens.shape[1] // c.model.sample_size[0]]
+    s = c.sampling
     tokens = model.generate(
-        given, labels, inputs.generator, temperature=s.temperature, top_k=s.top_k, top_p=s.ar_top_p)
-    bits = [()] * len(tokens)
+        given, batch.cond["labels"], inputs.generator, temperature=s.temperature, top_k=s.top_k,
+        top_p=s.ar_top_p)
+    bits = ()
     if inputs.levels:
         bits = (image_losses(model, batch, c) / math.log(2)).tolist()
     return made(inputs, token_image(tokens, c.model), "bits", bits)
@@ -298,15 +301,16 @@ def unmirrored(model, inputs, c):
     """The batch of the records' own pixels."""
     c = changed(c, flip=False)
     examples = [data.gen_example(record, c, None) for record in inputs.records]
-    return data.collate("gen", c)(examples).to(device_of(model))
+    return data.collate("gen", c)(examples).to(next(model.parameters()).device)
 
 
 def made(inputs, pixels, key, rows):
-    """Of each record the new pixels, of (B, C, [T,] H, W), its label, and its row as `key`."""
+    """Of each record the new pixels, of (B, C, [T,] H, W), its label, and its row, if any, as
+    `key`."""
     pixels = pixels.movedim(1, -1).cpu().numpy()
     return [
         {"pixels": image, "label": record["label"], key: row}
-        for record, image, row in zip(inputs.records, pixels, rows)]
+        for record, image, row in zip_longest(inputs.records, pixels, rows, fillvalue=())]
 
 
 @torch.no_grad()
@@ -314,10 +318,9 @@ def make_maps(model, inputs, c):
     """[{id, name, maps, segments}]: of each frame of a record the class and instance of each pixel,
     see `map_prediction`."""
     clips = [record["images"] for record in inputs.records]
-    frames = []                                        # (T, B, 3, H, W); ends are repeated
-    for t in range(max(map(len, clips))):
-        images = [clip[min(t, len(clip) - 1)] for clip in clips]
-        frames.append(view_images(images, inputs.views, device_of(model)))
+    frames = [                                         # (T, B, 3, H, W); ends are repeated
+        view_images(model, [clip[min(t, len(clip) - 1)] for clip in clips], inputs.views)
+        for t in range(max(map(len, clips)))]
     maps = diffusion.generate_maps(
         model, c, torch.stack(frames, 1), inputs.generator, callback=inputs.callback)
     return [
@@ -328,14 +331,18 @@ def make_maps(model, inputs, c):
 def map_prediction(record, masks, view, c):
     """Masks (T, 2, h, w) uint8, class and instance, of a record's frames (and maybe of more) ->
     what is said about it: its id and name, maps, a PNG per frame, and per frame segments_info."""
-    known, maps, segments = {row["label"]: row for row in c.categories}, [], []
-    for mask, image in zip(masks, record["images"]):
-        full = full_map(mask, view, image.size, c.sampling)
-        segments.append([
-            {"id": i, "category_id": known[i >> 8]["id"], "name": known[i >> 8]["name"]}
-            for i in np.unique(full).tolist() if i])
-        maps.append(as_png(full))
-    return {"id": record["id"], "name": record["name"], "maps": maps, "segments": segments}
+    known = {row["label"]: row for row in c.categories}
+    maps = [
+        full_map(mask, view, image.size, c.sampling)
+        for mask, image in zip(masks, record["images"])]
+    segments = [
+        [{"id": i, "category_id": known[i >> 8]["id"], "name": known[i >> 8]["name"]}
+         for i in np.unique(ids).tolist() if i] for ids in maps]
+    return {
+        "id": record["id"],
+        "name": record["name"],
+        "maps": list(map(as_png, maps)),
+        "segments": segments}
 
 
 def full_map(mask, view, size, sampling):
@@ -343,10 +350,9 @@ def full_map(mask, view, size, sampling):
     each pixel of its image (width, height), 0 for none; see `majority_vote`."""
     view = data.on_canvas(view, mask.shape[1:])
     full = [
-        np.array(Image.fromarray(part).resize(size, Image.NEAREST), np.int64)
+        torch.from_numpy(np.array(Image.fromarray(part).resize(size, Image.NEAREST), np.int64))
         for part in mask[:, :view.height, :view.width]]
-    classes, ids = diffusion.majority_vote(
-        *map(torch.from_numpy, full), sampling.min_pixels, sampling.split_pixels)
+    classes, ids = diffusion.majority_vote(*full, sampling.min_pixels, sampling.split_pixels)
     return (256 * classes + ids).numpy()
 
 
@@ -379,20 +385,11 @@ PREDICT = {
 # --------------------------------------------------------------------------------------------------
 # images into the network, boxes into prompts, masks and keypoints out of points
 
-def encode_views(model, images, views):
-    """PIL images and the views of them -> (B, N, dec_dim)."""
-    return model.encode(view_images(images, views, device_of(model)))
-
-
-def view_images(images, views, device):
+def view_images(model, images, views):
     """PIL images and the views of them -> float (B, 3, H, W) in [0, 1], padded."""
-    pixels = np.stack([view.image(image) for image, view in zip(images, views)])
-    sizes = torch.tensor([[view.height, view.width] for view in views])
-    return data.to_images(torch.from_numpy(pixels).to(device), sizes.to(device))
-
-
-def device_of(model):
-    return next(model.parameters()).device
+    parts = default_collate([data.pixels_of(view, image) for view, image in zip(views, images)])
+    device = next(model.parameters()).device
+    return data.to_images(parts["image"].to(device), parts["size"].to(device))
 
 
 def prompt_boxes(views, objects, c):
@@ -401,10 +398,9 @@ def prompt_boxes(views, objects, c):
     most = max(map(len, objects))
     rows = []
     for view, group in zip(views, objects):
-        corners = [box_corners(obj["bbox"]) for obj in group]
-        boxes = data.view_boxes(view, np.array(corners))
+        corners = np.array([box_corners(obj["bbox"]) for obj in group])
         labels = [label_of[obj["category_id"]] for obj in group]
-        rows.append(data.pad_objects(view, boxes, labels, most))
+        rows.append(data.pad_objects(view, data.view_boxes(view, corners), labels, most))
     return default_collate(rows).values()
 
 
@@ -414,47 +410,55 @@ def box_corners(bbox):
     return y, x, y + h, x + w
 
 
+def as_objects(boxes, labels, scores, categories):
+    """Lists of boxes y0 x0 y1 x1, labels and scores -> a list of objects. Left out: what has score
+    0, labels without a category, empty boxes."""
+    id_of = {category["label"]: category["id"] for category in categories}
+    return [
+        {"category_id": id_of[label], "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
+        for (y0, x0, y1, x1), label, score in zip(boxes, labels, scores)
+        if score > 0 and label in id_of and y1 > y0 and x1 > x0]
+
+
 def true_objects(record, categories):
     """A record's objects without crowds, as if detected with certainty."""
-    id_of = {category["label"]: category["id"] for category in categories}
-    rows = zip(record["labels"].tolist(), record["boxes"].tolist(), record["iscrowd"])
-    return [
-        {"category_id": id_of[label], "bbox": [x0, y0, x1 - x0, y1 - y0], "score": 1.0}
-        for label, (y0, x0, y1, x1), crowd in rows if not crowd]
+    rows = record["boxes"], record["labels"], 1.0 - record["iscrowd"]
+    return as_objects(*(row.tolist() for row in rows), categories)
 
 
 def keypoint_view(image, bbox, c):
     """The crop around a box in which its keypoints are looked for."""
-    region = data.around_box(image, np.array(box_corners(bbox)), c.data.crop_margin)
-    return data.eval_view(region, c.model.image_size)
+    corners = np.array(box_corners(bbox))
+    return data.eval_view(data.around_box(image, corners, c.data.crop_margin), c.model.image_size)
 
 
 def add_mask(obj, view, polygons, size):
     """Adds the mean of sampled polygons (samples, P), where at least one half, as COCO's run-length
     mask of the whole image; points as of `tokenizer.decode_points`, size is (width, height)."""
-    mean = np.mean([polygon_mask(view, points, size) for points in polygons], 0)
-    rle = mask_tools.encode(np.asfortranarray((mean >= 0.5).astype(np.uint8)))
+    votes = sum(polygon_mask(view, points, size) for points in polygons)       # uint8: up to 255
+    rle = mask_tools.encode(np.asfortranarray(votes >= len(polygons) / 2, np.uint8))
     obj["segmentation"] = rle | {"counts": rle["counts"].decode()}
 
 
 def polygon_mask(view, points, size):
     """(P,) points -> (H, W) uint8."""
+    shape = size[::-1]
     polygons = [                                       # x y x y ... each
         view.to_image(yx)[:, ::-1].ravel().tolist()
         for yx in tokenizer.split_polygons(points) if len(yx) >= 3]
     if not polygons:
-        return np.zeros(size[::-1], np.uint8)
-    parts = mask_tools.frPyObjects(polygons, *size[::-1])
-    return mask_tools.decode([mask_tools.merge(parts)])[..., 0]
+        return np.zeros(shape, np.uint8)
+    return mask_tools.decode(mask_tools.merge(mask_tools.frPyObjects(polygons, *shape)))
 
 
 def add_keypoints(obj, view, points, score):
     """Adds keypoints x y 2 in pixels, of points (2 K,), fractions of the view's canvas. One that is
     no coordinate is put at the box's centre."""
     x, y, w, h = obj["bbox"]
-    points = points.reshape(-1, 2).astype(np.float64)
-    missing = (points < 0).any(-1, keepdims=True)
-    yx = np.where(missing, (y + h / 2, x + w / 2), view.to_image(points))
+    points = points.reshape(-1, 2)
+    missing = (points < 0).any(-1)
+    yx = view.to_image(points)
+    yx[missing] = y + h / 2, x + w / 2
     obj["keypoints"] = np.insert(yx[:, ::-1], 2, 2, axis=1).ravel().tolist()
     obj["keypoint_score"] = score
 
@@ -471,31 +475,42 @@ def find_checkpoint(path=None):
                 "no run in out/: train one with `python train.py`, or name a checkpoint, --ckpt")
         path = os.path.dirname(max(runs, key=os.path.getmtime))
     if os.path.isdir(path):
-        path = f"{path}/best.pt" if os.path.exists(f"{path}/best.pt") else f"{path}/last.pt"
+        best = f"{path}/best.pt"
+        path = best if os.path.exists(best) else f"{path}/last.pt"
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such checkpoint")
     return path
 
 
 def load_model(path, device):
-    """A checkpoint file -> the network on the device, ready to predict, and its Config. ValueError
+    """A checkpoint file -> the network on the device, ready to predict, and its Config. UserError
     for xla, which trains only."""
     if device.type == "xla":
-        raise ValueError("--device=xla is for training: predict with cpu or cuda")
-    content = load(path)
-    saved = content["config"]
-    c = Config(
-        NETWORKS[content["network"]][1](**saved["model"]),
-        Vocab(**saved["vocab"]),
-        DataConfig(**saved["data"]),
-        DiffusionConfig(**saved["diffusion"]),
-        given(SamplingConfig(), saved["sampling"]),    # may be of another version of this code
-        saved["categories"],
-    )
-    model = build(c.model)
-    load_weights(model, content.get("ema", content["model"]))
+        raise UserError("--device=xla is for training: predict with cpu or cuda")
+    model, c = read_model(path)
     device.compile(model)
     return device.place(model).eval(), c
+
+
+def read_model(path):
+    """A checkpoint file -> the network, on the CPU, and its Config."""
+    content = load(path)
+    try:
+        saved = content["config"]
+        c = Config(
+            NETWORKS[content["network"]][1](**saved["model"]),
+            Vocab(**saved["vocab"]),
+            DataConfig(**saved["data"]),
+            DiffusionConfig(**saved["diffusion"]),
+            given(SamplingConfig(), saved["sampling"]),            # may be of another version
+            saved["categories"],
+        )
+        tokenizer.check_fields(*parts_of(c))
+        model = build(c.model)
+        load_weights(model, content.get("ema", content["model"]))
+    except (TypeError, ValueError, KeyError, AttributeError) as e:
+        raise UserError(f"{path}: not a checkpoint of this version of the code ({e})") from e
+    return model, c
 
 
 # --------------------------------------------------------------------------------------------------
@@ -505,8 +520,8 @@ class Parser(argparse.ArgumentParser):
     """Errors of one line that name the nearest option; exit code 2."""
 
     def __init__(self, **options):
-        raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(formatter_class=raw, allow_abbrev=False, **options)
+        super().__init__(
+            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message):
         self.exit(2, f"error: {message}\n")
@@ -516,26 +531,27 @@ class Parser(argparse.ArgumentParser):
         are given stand in the result (see `changed`)."""
         for part in parts:
             group = self.add_argument_group(type(part).__name__)
-            source = "".join(map(inspect.getsource, reversed(type(part).__mro__[:-1])))
-            comments = dict(re.findall(r"^    (\w+): .*?# (.+)$", source, re.M))
-            kinds = typing.get_type_hints(type(part))
-            for name, comment in comments.items():
+            kinds = typing.get_type_hints(type(part), include_extras=True)
+            for name, comment in comments_of(type(part)).items():
                 if name in without:
                     continue
-                text = f"{comment} (default: {getattr(part, name)})".replace("%", "%%")
-                bare = dict(nargs="?", const=True) if kinds[name] is bool else {}
+                kind = kinds[name]
+                text = f"{comment} ({tokenizer.expected(kind)}, default: {getattr(part, name)})"
+                bare = dict(nargs="?", const=True) if kind is bool else {}
                 group.add_argument(
-                    f"--{name}", type=reader(kinds[name]), help=text, metavar="...",
-                    default=argparse.SUPPRESS, **bare)
+                    f"--{name}", type=partial(read_option, kind), help=text.replace("%", "%%"),
+                    metavar="...", default=argparse.SUPPRESS, **bare)
 
     def parse(self, argv):
         """The options given; a dash in a name is as good as an underscore."""
         argv = [re.sub("^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), text)
                 for text in argv]
         args, unknown = self.parse_known_args(argv)
+        unknown += [text for text in argv if text.endswith("=--")]         # argparse drops it
         if unknown:
             name = unknown[0].partition("=")[0]
-            self.error(f"unknown option {name}{nearest(name, self._option_string_actions)}")
+            known = nearest(name, self._option_string_actions)
+            self.error(f"unknown option {name}{known}, or of another script or network: --help")
         return args
 
 
@@ -544,28 +560,51 @@ def nearest(name, choices):
     return f", did you mean {close[0]!r}?" if close else ""
 
 
-def reader(kind):
-    """The type of a field -> a function of a command line's text."""
-    items = typing.get_args(kind)
+@lru_cache
+def comments_of(kind):
+    """{field: its comment} of a dataclass."""
+    source = "".join(map(inspect.getsource, reversed(kind.__mro__[:-1])))
+    return dict(re.findall(r"^    (\w+): .*?# (.+)$", source, re.M))
 
-    def read(text):
-        try:
-            if kind is bool:
-                return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-            if not items:
-                return kind(text)
-            values = tuple(items[0](part) for part in text.split(",") if text)
-            if len(values) == 1 and ... not in items:  # 640 stands for 640,640
-                values *= len(items)
-            if ... not in items and len(values) != len(items):
-                raise ValueError
-            return values
-        except (ValueError, KeyError):
-            name = f"{items[0].__name__}s between commas" if items else kind.__name__
-            message = f"expected {name}, got {text!r}"
-            raise argparse.ArgumentTypeError(message) from None
 
-    return read
+def read_option(kind, text):
+    """A command line's text -> a value of the type of a field."""
+    with contextlib.suppress(ValueError, KeyError, re.error):
+        value = tokenizer.parsed(text, kind)
+        if tokenizer.fits(value, kind):
+            return value
+    raise argparse.ArgumentTypeError(f"expected {tokenizer.expected(kind)}, got {text!r}")
+
+
+# what the comment of an option may say that it is of: tasks, kinds of data
+OWNERS = {"files"}.union(data.EXAMPLES, *data.SOURCES.values())
+
+
+def apply(c, args, *options):
+    """A Config with the values that a command line gives. UserError for one of sampling or of files
+    that is of other tasks or data than these, as the words before the colon of its comment say; any
+    other changes nothing, which is said. options: other dataclasses of the command line."""
+    c = changed(c, **vars(args))
+    ours = {*c.data.tasks, c.data.data, "drawn" if c.data.data == "shapes" else "files"}
+    for name in ("inception", "i3d"):
+        path = getattr(c.sampling, name)
+        if path and not os.path.isfile(path):
+            raise UserError(f"--{name}={path}: no such file")
+    for part in (*parts_of(c), *options):
+        for name, comment in comments_of(type(part)).items():
+            of = set(comment.partition(":")[0].split(", ")) & OWNERS
+            if not (name in args and of) or of & ours:
+                continue
+            message = f"--{name} is of {', '.join(sorted(of))}, not of {', '.join(sorted(ours))}"
+            if part in (c.sampling, *options) or of & {"files", "coco"}:
+                raise UserError(message)
+            tokenizer.notice(f"{message}: it changes nothing")
+    return c
+
+
+def parts_of(c):
+    """The dataclasses that a Config holds."""
+    return list(filter(is_dataclass, vars(c).values()))
 
 
 def given(part, options):
@@ -580,32 +619,32 @@ def changed(c, **options):
 
 
 def pick_tasks(text, c):
-    """The text of --task -> tuple of tasks; ValueError if the model does not know one."""
+    """The text of --task -> tuple of tasks; UserError if the model does not know one."""
     tasks = c.data.tasks if text == "all" else tuple(text.split(","))
     for task in tasks:
         if task not in c.data.tasks:
-            raise ValueError(f"--task={text}: this model knows {', '.join(c.data.tasks)}")
+            raise UserError(f"--task={text}: this model knows {', '.join(c.data.tasks)}")
     return tasks
 
 
-@dataclass(frozen=True)
+@frozen
 class Options:
     """What sample.py and eval.py are asked for."""
     ckpt: str = ""                      # checkpoint or folder of a run; empty: the newest run
     task: str = "all"                   # some of det,seg,kpt,cap, or one; all: all that it knows
-    seed: int = 0                       # of sampling
+    seed: Seed = 0                   # of sampling
     device: str = "auto"                # auto, cuda, mps or cpu
-    dtype: str = "auto"                 # auto (see model.Device), float32, bfloat16 or float16
-    compile: str = "off"                # torch.compile, for much at once: auto (on cuda), on or off
+    dtype: Dtype = "auto"               # of matrix products (see model.Device)
+    compile: Switch = "off"             # torch.compile, for much at once: auto: on cuda
 
 
-@dataclass(frozen=True)
+@frozen
 class SampleOptions(Options):
     """What sample.py is asked for."""
-    count: int = 0                      # held-out items to show (0: 8), or samples (0: 64)
-    min_score: float = 0.3              # leave out objects below this score
-    attention: bool = False             # also draw the attention of each object's tokens
-    strip: bool = False                 # gen: also draw the way from noise to sample
+    count: Natural = 0                  # held-out items to show (0: 8), or samples (0: 64)
+    min_score: Fraction = 0.3           # det, seg, kpt: leave out objects below this score
+    attention: bool = False             # det, seg, kpt: also draw the attention of objects' tokens
+    strip: bool = False                 # gen, pan, vps: also draw the way from noise to sample
     complete: str = ""                  # ar: an image file whose lower half is to be written anew
     out: str = "samples"                # folder for the pictures
     # These three are no options, but arguments of their own.
@@ -614,6 +653,7 @@ class SampleOptions(Options):
     class_name: str | None = None
 
 
+@tokenizer.script
 def main():
     parser = Parser(description=__doc__)
     add = parser.add_argument
@@ -624,19 +664,17 @@ def main():
     parser.add_config(SampleOptions(), SamplingConfig())
     args = parser.parse(sys.argv[1:])
     options = given(SampleOptions(), vars(args))
-    try:
-        device = Device(options.device, options.dtype, options.compile)
-        path = find_checkpoint(options.ckpt)
-        model, c = load_model(path, device)
-        c = changed(c, **vars(args))
-        tasks = pick_tasks(options.task, c)
-        with device.autocast():
-            report = show(model, c, tasks, options, device.generator(options.seed))
-    except (OSError, ImportError, ValueError) as e:
-        sys.exit(f"error: {e}")
+    device = Device(options.device, options.dtype, options.compile)
+    path = find_checkpoint(options.ckpt)
+    model, c = load_model(path, device)
+    c, tasks = apply(c, args, options), pick_tasks(options.task, c)
+    with device.autocast():
+        report = show(model, c, tasks, options, device.generator(options.seed))
     report = json.loads(json.dumps(report), parse_float=lambda text: round(float(text), 4))
     print(json.dumps(report, indent=1))
     print(f"{path}: pictures in {options.out}/", file=sys.stderr)
+    shown = report if isinstance(report, list) else report.get("failed", ())
+    sys.exit(any("error" in row for row in shown))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -645,78 +683,108 @@ def main():
 def show(model, c, tasks, options, generator):
     """Pictures of what a model says about the user's images, or about held-out items, into a
     folder. options: SampleOptions. Returns what sample.py prints."""
+    if options.class_name is not None and SHOW[tasks[0]] is not show_samples:
+        raise UserError(f"--class={options.class_name} is of gen, ar, this is {','.join(tasks)}")
     os.makedirs(options.out, exist_ok=True)
     return SHOW[tasks[0]](model, c, tasks, options, generator)
 
 
+def free_stem(folder, taken, name):
+    """FOLDER/NAME for pictures called so, with a number where one of them is in `taken`, the paths
+    of inputs and of other results, to which it is added."""
+    stem = Path(name).stem
+    for n in count():
+        chosen = f"{folder}/{stem}{f'_{n}' if n else ''}"
+        files = {real(chosen + ending) for ending in (".png", ".gif", "_attention.png")}
+        if not files & taken:
+            taken |= files
+            return chosen
+
+
+def real(path):
+    """A path as it is compared; on some machines capitals make no difference."""
+    return os.path.realpath(path).lower()
+
+
+def each_input(options, read, c, failed):
+    """Yields the name and the record of each image that is named on the command line, as `read`
+    makes it of a path, or else of held-out items; one at a time. Adds to `failed` what cannot be
+    read, and why."""
+    for path in tqdm(options.images, disable=None if len(options.images) > 1 else True):
+        try:
+            record = read(path)
+        except UserError as e:
+            print(f"error: {e}", file=sys.stderr)
+            failed.append({"image": path, "error": str(e)})
+        else:
+            yield path, record
+    for record in () if options.images else sample_records(c, options.count or 8):
+        yield f"val_{record['image_id']}" if "image_id" in record else record["name"], record
+
+
 def show_predictions(model, c, tasks, options, generator):
-    """A picture per image, and all of them in all.png."""
-    records = [{"image_id": name, "image": data.load_image(name)} for name in options.images]
-    records = records or held_out(c, tasks[0], options.count or 8)
-    detects = "det" in c.data.tasks
-    if options.boxes:
-        prompts = [[read_box(text, c) for text in options.boxes] for _ in records]
-    elif options.images or detects:
-        prompts = [None] * len(records)
-    else:
-        prompts = [true_objects(record, c.categories) for record in records]
-    if None in prompts and not detects and {"seg", "kpt"} & set(tasks):
-        raise ValueError("this model does not detect: name boxes with --boxes=X,Y,W,H,NAME")
+    """A picture per image, and the first of them in all.png."""
+    asks = {"seg", "kpt"} & set(tasks) and not (options.boxes or "det" in c.data.tasks)
+    if asks and options.images:
+        raise UserError("this model does not detect: name boxes with --boxes=X,Y,W,H,NAME")
     names = {category["id"]: category["name"] for category in c.categories}
+    new_stem = partial(free_stem, options.out, set(map(real, options.images)))
     pictures, report = [], []
-    for record, objects in zip(records, prompts):
+    for name, record in each_input(options, read_photo, c, report):
+        objects = [read_box(text, c) for text in options.boxes] or None
+        if asks:
+            objects = true_objects(record, c.categories)
         inputs = Inputs([record], c, None if objects is None else [objects], generator)
         prediction = predict(model, inputs, c, tasks)[0]
         objects = prediction.get("objects", ())
         prediction["objects"] = [
             {"name": names[obj["category_id"]], **obj}
             for obj in objects if obj["score"] >= options.min_score]
-        pictures.append(draw(record["image"], prediction, c))
-        name = record["image_id"] if options.images else f"val_{record['image_id']}"
-        stem = f"{options.out}/{os.path.splitext(os.path.basename(name))[0]}"
-        pictures[-1].save(f"{stem}.png")
+        image, stem = record["image"], new_stem(name)
+        picture = draw(image, prediction, c)
+        picture.save(f"{stem}.png")
+        if len(pictures) < 16:
+            pictures.append(ImageOps.contain(picture, (768, 768)))
         if options.attention and objects:
             draw_attention(model, inputs, c).save(f"{stem}_attention.png")
         report.append({
             "image": name,
             "picture": f"{stem}.png",
-            "width": record["image"].width,
-            "height": record["image"].height,
+            "width": image.width,
+            "height": image.height,
             **prediction,
         })
     if len(pictures) > 1:
-        data.tile(pictures).save(f"{options.out}/all.png")
+        data.tile(pictures).save(f"{new_stem('all')}.png")
     return report
 
 
+def read_photo(path):
+    return {"image": data.load_image(path)}
+
+
 def read_box(text, c):
-    """X,Y,W,H,NAME -> an object. ValueError, naming the classes, if it is none."""
+    """X,Y,W,H,NAME -> an object. UserError, naming the classes, if it is none."""
     *numbers, name = text.split(",")
     ids = {category["name"]: category["id"] for category in c.categories}
     try:
         x, y, w, h = map(float, numbers)
+        if not (min(w, h) > 0 and math.isfinite(x + y + w + h)):
+            raise ValueError
         return {"category_id": ids[name], "bbox": [x, y, w, h], "score": 1.0}
     except (ValueError, KeyError):
         expected = f"X,Y,W,H,NAME, the name one of {', '.join(ids)}"
-        raise ValueError(f"--boxes {text}: expected {expected}") from None
-
-
-def held_out(c, task, count):
-    """The first held-out records of a task; those that cannot be read are missing."""
-    items = data.EvalSet(data.make_source(c, "val", task))
-    records = [items[i] for i in range(min(count, len(items)))]
-    return [record for record in records if not isinstance(record, str)]
+        raise UserError(f"--boxes {text}: expected {expected}") from None
 
 
 def show_samples(model, c, tasks, options, generator):
     """A grid of samples; with --strip also of their estimates at every tenth of the way; with
     --complete, of images that begin with the upper half of a given one."""
     if options.images or options.boxes:
-        raise ValueError("this model generates: it takes no images and no boxes")
-    if options.complete and "ar" not in tasks or options.strip and "gen" not in tasks:
-        raise ValueError("--complete is for a model that writes pixels, --strip for a denoiser")
+        raise UserError("this model generates: it takes no images and no boxes")
     names = [category["name"] for category in c.categories] if c.model.num_classes else []
-    records, rows = sample_records(c, options.count or 64), 0
+    records, rows = list(sample_records(c, options.count or 64)), 0
+    taken = {real(options.complete)}
     if options.complete:
         rows = half_of_groups(c.model)
         pixels = data.fit_image(options.complete, c.model.sample_size)
@@ -726,7 +794,7 @@ def show_samples(model, c, tasks, options, generator):
     if options.class_name is not None:
         if options.class_name not in names:
             known = ", ".join(names) or "no classes"
-            raise ValueError(f"--class={options.class_name}: this model knows {known}")
+            raise UserError(f"--class={options.class_name}: this model knows {known}")
         for record in records:
             record["label"] = names.index(options.class_name)
     steps, predictions = [], []
@@ -737,7 +805,7 @@ def show_samples(model, c, tasks, options, generator):
         predictions += predict(model, part, c, tasks)
     if options.complete:                               # first what the model was given
         predictions.insert(0, {"pixels": pixels})
-    pictures = [draw_grid(predictions, f"{options.out}/samples")]
+    pictures = [draw_grid(predictions, free_stem(options.out, taken, "samples"))]
     if c.model.cond_frames:
         pictures.append(draw_beside(predictions[:4], records, f"{options.out}/frames"))
     if steps:
@@ -761,10 +829,12 @@ def half_of_groups(m):
 
 
 def sample_records(c, count):
-    """Records to generate from: held-out ones for a network that sees images or context frames, if
-    there are so many; for any other labels in turn, and black pixels."""
-    if c.model.cond_frames or "pan" in c.model.TASKS:
-        return [dict(record) for record in held_out(c, c.data.tasks[0], count)]
+    """Records to show or to generate from: held-out ones for a network that sees images or context
+    frames, without those that cannot be read; for any other labels in turn, and black pixels."""
+    if not isinstance(c.model, ImageConfig) or c.model.cond_frames or "pan" in c.model.TASKS:
+        items = data.EvalSet(data.make_source(c, "val", c.data.tasks[0]))
+        records = (items[i] for i in range(min(count, len(items))))
+        return (dict(record) for record in records if not isinstance(record, str))
     shape = (*c.model.sample_shape[1:], c.data.image_channels)
     labels = np.arange(count) % max(len(c.categories), 1)
     return [{"pixels": np.zeros(shape, np.uint8), "label": int(label)} for label in labels]
@@ -773,10 +843,13 @@ def sample_records(c, count):
 def show_maps(model, c, tasks, options, generator):
     """Panoptic maps drawn over images, beside the truth if it is known, and as PNGs and JSON in
     COCO's format; of clips, GIFs. With --strip also how the first map comes out of noise."""
-    records = [read_clip(path, tasks[0]) for path in options.images]
-    records = records or sample_records(c, options.count or 8)
-    predictions, pictures, firsts, steps = {}, [], [], []
-    for record in records:
+    new_stem = partial(free_stem, options.out, set(map(real, options.images)))
+    predictions, pictures, failed, firsts, steps = {}, [], [], [], []
+    for name, record in each_input(options, partial(read_clip, task=tasks[0]), c, failed):
+        stem = new_stem(name)
+        record["name"] = os.path.basename(stem)
+        if options.images:
+            record["id"] = record["name"]
         inputs = Inputs([record], c, generator=generator)
         if options.strip and not firsts:
             inputs.callback = lambda n, maps: n or steps.append(paint(maps[0].cpu().numpy()))
@@ -786,14 +859,15 @@ def show_maps(model, c, tasks, options, generator):
             truth = true_map(record["maps"], record["segments"])
             pairs = zip(drawn, draw_maps(record["images"], truth, c))
             drawn = [data.tile(pair, columns=2) for pair in pairs]
-        pictures.append(data.save_film(drawn, f"{options.out}/{record['name']}"))
-        firsts.append(drawn[0])
+        pictures.append(data.save_film(drawn, stem))
+        if len(firsts) < 16:
+            firsts.append(ImageOps.contain(drawn[0], (768, 768)))
     if len(firsts) > 1:
-        data.tile(firsts).save(f"{options.out}/all.png")
+        data.tile(firsts).save(f"{new_stem('all')}.png")
     if steps:
-        pictures.append(draw_strip(np.stack(steps)[None], f"{options.out}/strip"))
-    with open(write_maps(predictions, f"{options.out}/maps")) as f:
-        return {"pictures": pictures, "maps": f.name} | json.load(f)
+        pictures.append(draw_strip(np.stack(steps)[None], new_stem("strip")))
+    with open(write_maps(predictions, new_stem("maps"))) as f:
+        return {"pictures": pictures, "maps": f.name, "failed": failed} | json.load(f)
 
 
 def write_maps(predictions, stem):
@@ -803,35 +877,42 @@ def write_maps(predictions, stem):
     for p in predictions.values():
         for t, (content, segments) in enumerate(zip(p["maps"], p["segments"])):
             name = f"{p['name']}/{t:06}.png" if len(p["maps"]) > 1 else f"{p['name']}.png"
-            os.makedirs(os.path.dirname(f"{stem}/{name}"), exist_ok=True)
-            with open(f"{stem}/{name}", "wb") as f:
-                f.write(content)
+            path = Path(stem, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
             annotations.append({"image_id": p["id"], "file_name": name, "segments_info": segments})
     with open(f"{stem}.json", "w") as f:
         json.dump({"annotations": annotations}, f)
-    return f"{stem}.json"
+        return f.name
 
 
 def read_clip(path, task):
     """An image file -> a record for panoptic masks; for vps a folder of frames, a GIF, or, with
     PyAV, a video file. The name of the record is the file's."""
-    name = os.path.splitext(os.path.basename(os.path.normpath(path)))[0]
-    if task == "pan":
-        images = [data.load_image(path)]
-    elif os.path.isdir(path):
-        images = list(map(data.load_image, data.frame_files(path).values()))
-    elif path.lower().endswith((".gif", *data.IMAGE_KINDS)):
-        with Image.open(path) as film:
-            images = [data.to_rgb(frame.copy()) for frame in ImageSequence.Iterator(film)]
-    else:
-        try:
+    name = Path(path).stem
+    try:
+        if task == "pan":
+            images = [data.load_image(path)]
+        elif os.path.isdir(path):
+            images = list(map(data.load_image, data.frame_files(path).values()))
+        elif path.lower().endswith((".gif", *data.IMAGE_KINDS)):
+            data.check_file(path)
+            with Image.open(path, formats=data.FORMATS) as film:
+                images = [data.to_rgb(frame.copy()) for frame in ImageSequence.Iterator(film)]
+        else:
+            data.check_file(path)
             import av
-        except ImportError as e:
-            raise ImportError(f"{path}: reading a video file needs PyAV: pip install av") from e
-        with av.open(path) as film:
-            images = [frame.to_image() for frame in film.decode(video=0)]
+            with av.open(path) as film:
+                images = [frame.to_image() for frame in film.decode(video=0)]
+    except UserError:
+        raise
+    except ImportError as e:
+        raise ImportError(f"{path}: reading a video file needs PyAV: pip install av") from e
+    except Exception as e:                             # PIL and PyAV raise many types
+        raise UserError(f"{path}: not a readable video ({e})") from e
     if not images:
-        raise ValueError(f"{path}: no frames, expected image files")
+        raise UserError(f"{path}: no frames, expected image files")
+    data.check_sizes(path, images)
     return {"images": images, "id": name, "name": name}
 
 
@@ -878,7 +959,7 @@ def paint(frame):
 # --------------------------------------------------------------------------------------------------
 # pictures
 
-PALETTE = "tomato", "deepskyblue", "limegreen", "orange", "violet", "turquoise", "hotpink"
+PALETTE = "tomato deepskyblue limegreen orange violet turquoise hotpink".split()
 
 
 def draw_grid(predictions, stem):
@@ -888,7 +969,7 @@ def draw_grid(predictions, stem):
 def draw_strip(steps, stem):
     """Estimates (N, steps, H, W, C) -> a row per sample, with ten of them."""
     tenths = np.linspace(0, steps.shape[1] - 1, 10).round().astype(int)
-    return data.save_grid(steps[:, tenths].reshape(-1, *steps.shape[2:]), stem, columns=10)
+    return data.save_grid(np.concatenate(steps[:, tenths]), stem, columns=10)
 
 
 def draw_beside(predictions, records, stem):
@@ -896,13 +977,12 @@ def draw_beside(predictions, records, stem):
     clips = []                                         # of shape (T, H, W, C), two per prediction
     for p, record in zip(predictions, records):
         clips += p["pixels"], np.broadcast_to(record["pixels"], p["pixels"].shape)
-    frames = np.concatenate(clips)
-    return data.save_grid(frames, stem, columns=len(clips[0]))
+    return data.save_grid(np.concatenate(clips), stem, columns=len(clips[0]))
 
 
-def enlarged(image, side=384):
-    """A small PIL image enlarged to about `side` pixels, how many times, and a font for it."""
-    zoom = max(1, round(side / max(image.size)))
+def enlarged(image):
+    """A small PIL image enlarged to about 384 pixels, how many times, and a font for it."""
+    zoom = max(1, round(384 / max(image.size)))
     picture = image.resize((image.width * zoom, image.height * zoom), Image.NEAREST)
     return picture, zoom, ImageFont.load_default(max(12, max(picture.size) // 40))
 
@@ -916,19 +996,18 @@ def draw(image, prediction, c):
     coloured = list(zip(objects, cycle(PALETTE)))
     for obj, color in coloured:                        # masks first, so that they hide nothing else
         if "segmentation" in obj:
-            mask = Image.fromarray(110 * mask_tools.decode([obj["segmentation"]])[..., 0])
+            mask = Image.fromarray(110 * mask_tools.decode(obj["segmentation"]))
             picture.paste(color, mask=mask.resize(picture.size, Image.NEAREST))
     pen = ImageDraw.Draw(picture)
     for obj, color in coloured:
         draw_object(pen, obj, categories[obj["category_id"]], color, zoom, font)
     if "caption" not in prediction:
         return picture
-    letters = max(1, int(picture.width / pen.textlength("n", font=font)))
+    letters = int(picture.width / pen.textlength("n", font)) or 1
     lines = textwrap.wrap(prediction["caption"], letters)
     border = 0, 0, 0, (len(lines) + 1) * (font.size + 4)
     framed = ImageOps.expand(picture, border, "white")
-    text = "\n".join(lines)
-    ImageDraw.Draw(framed).multiline_text((4, picture.height + 2), text, fill="black", font=font)
+    ImageDraw.Draw(framed).text((4, picture.height + 2), "\n".join(lines), "black", font)
     return framed
 
 
@@ -940,37 +1019,39 @@ def draw_object(pen, obj, category, color, zoom, font):
     if "keypoints" in obj:
         points = zoom * np.reshape(obj["keypoints"], (-1, 3))[:, :2]
         for a, b in category.get("skeleton", ()):
-            pen.line([*points[a - 1], *points[b - 1]], fill="white", width=line)
+            pen.line([*points[a - 1], *points[b - 1]], "white", line)
         for dot in points:
             pen.ellipse([*(dot - 2 * line), *(dot + 2 * line)], fill=color, outline="black")
     text = f"{category['name']} {obj['score']:.2f}"
-    left, top, right, bottom = pen.textbbox((x, y), text, font=font)
+    left, top, right, bottom = pen.textbbox((x, y), text, font)
     up = min(bottom - y + 2, y)                        # above the box where there is room
     pen.rectangle((left, y - up, right + 2, bottom - up + 2), fill=color)
-    pen.text((x + 1, y - up), text, fill="black", font=font)
+    pen.text((x + 1, y - up), text, "black", font)
 
 
-def draw_attention(model, inputs, c, most=4, side=192):
-    """The cross-attention of the tokens of the likeliest objects of one image: a row per object, a
-    picture per token y_min x_min y_max x_max class. ValueError if it is not to patches."""
+def draw_attention(model, inputs, c):
+    """The cross-attention of the tokens of the 4 likeliest objects of one image: a row per object,
+    a picture per token y_min x_min y_max x_max class. UserError if it is not to patches."""
     if c.model.encoder == "fit":
-        raise ValueError("--attention: the decoder of a fit attends to latents, not to patches")
-    [view], [image], [objects] = inputs.views, inputs.images, inputs.objects
+        raise UserError("--attention: the decoder of a fit attends to latents, not to patches")
+    [view] = inputs.views
+    [objects] = inputs.objects
     boxes, labels = prompt_boxes([view], [objects], c)
     tokens = tokenizer.encode_detection(boxes, labels, c.vocab).inputs
     context = inputs.encode(model)
     maps = attention_maps(model, context, tokens.to(context.device)).cpu()
     rows, cols = model.encoder.grid
     maps = maps[:, -rows * cols:].view(-1, 5, rows, cols)          # without the class token
-    canvas = ImageOps.contain(Image.fromarray(view.image(image)), (side, side), Image.NEAREST)
+    canvas = ImageOps.contain(
+        Image.fromarray(view.image(inputs.images[0])), (192, 192), Image.NEAREST)
     dark = Image.blend(canvas, Image.new("RGB", canvas.size), 0.8)
     pictures = []
-    for n in sorted(range(len(objects)), key=lambda n: -objects[n]["score"])[:most]:
-        y0, x0, y1, x1 = (boxes[0, n] * torch.tensor(canvas.size[::-1] * 2)).tolist()
+    for n in sorted(range(len(objects)), key=lambda n: -objects[n]["score"])[:4]:
+        box = boxes[0, n, [1, 0, 3, 2]] * torch.tensor(canvas.size * 2)        # x0 y0 x1 y1
         for heat in maps[n]:
             light = Image.fromarray((255 * heat / heat.max()).byte().numpy())
             picture = Image.composite(canvas, dark, light.resize(canvas.size, Image.BILINEAR))
-            ImageDraw.Draw(picture).rectangle((x0, y0, x1, y1), outline="white")
+            ImageDraw.Draw(picture).rectangle(box.tolist(), outline="white")
             pictures.append(picture)
     return data.tile(pictures, columns=5)
 

@@ -10,14 +10,19 @@ sequence interface, 2206.07669, section 2). Every function works on whole batche
     >>> encode_detection(boxes, labels, vocab).targets     # y_min x_min y_max x_max class
     tensor([[1100, 1200, 1500, 1599,  118]])
 
+Below stands what all files share: one exception, and types of options that say what is allowed.
 Left out: the order of objects and the noise boxes, which are augmentation (data.py).
 
     python -m doctest tokenizer.py        # checks the example above
     python -m pytest tests/test_tokenizer.py
 """
+import math
+import os
+import re
+import sys
 from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
+from functools import cache, cached_property, wraps
+from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +44,7 @@ POINT_TOKENS = {PAD_POINT: PAD, SEPARATOR_POINT: SEPARATOR, INVISIBLE_POINT: INV
 @dataclass(frozen=True)
 class Vocab:
     """Where the token ranges lie: special tokens [0, 100), classes [100, coord_shift), coordinates
-    [coord_shift, coord_shift + bins), text [text_shift, text_end). ValueError if ranges overlap."""
+    [coord_shift, coord_shift + bins), text [text_shift, text_end). UserError if ranges overlap."""
     bins: int = 1000                    # coordinate values along a side of the image
     coord_shift: int = 1000             # first coordinate token; leaves coord_shift - 101 labels
     text_shift: int = 3000              # first text token
@@ -47,16 +52,16 @@ class Vocab:
 
     def __post_init__(self):
         if self.bins < 2:
-            raise ValueError(f"bins is {self.bins}, expected at least 2")
+            raise UserError(f"bins is {self.bins}, expected at least 2")
         if self.coord_shift <= CLASS_SHIFT + 1:
-            raise ValueError(
+            raise UserError(
                 f"coord_shift is {self.coord_shift}, which leaves no class token: expected at "
                 f"least {CLASS_SHIFT + 2}")
         end = self.coord_shift + self.bins
         if end > self.text_shift:
-            raise ValueError(
-                f"token ranges overlap: coordinates end at {end}, above text_shift, which is "
-                f"{self.text_shift}")
+            raise UserError(
+                f"bins is {self.bins}: token ranges overlap, as coordinates end at {end}, above "
+                f"text_shift, which is {self.text_shift}")
 
     @property
     def classes(self):
@@ -116,13 +121,13 @@ def encode_detection(boxes_yxyx, labels, vocab, corrupt=None, noise_weight=1.0, 
                   the truth; None keeps them
     noise_weight: loss weight of the class of a noise box; its coordinates weigh 0
     pad_weight:   loss weight of padding, that is of ending the sequence
-    Returns Tokens with T = 5 N. ValueError names labels that have no token.
+    Returns Tokens with T = 5 N. UserError names labels that have no token.
     """
     pad, fake = labels == PAD_LABEL, labels == FAKE_LABEL
     wrong = (labels < 0) & ~fake | (labels > vocab.max_label)
     if wrong.any():
         names = labels[wrong].unique().tolist()
-        raise ValueError(f"labels {names} have no token: expected 1..{vocab.max_label}")
+        raise UserError(f"labels {names} have no token: expected 1..{vocab.max_label}")
     coords = quantize(boxes_yxyx, vocab)
     classes = labels + CLASS_SHIFT                                             # FAKE_LABEL -> FAKE
     input_classes = classes
@@ -307,7 +312,7 @@ class BytePieces:
 class SentencePieces:
     """The pieces of a SentencePiece model (1808.06226). The released multi-task checkpoints use
     c4_en_32k_spm.model, which fills their 32,000 text tokens. Needs the optional package
-    sentencepiece; ValueError names a file of no use."""
+    sentencepiece; UserError names a file of no use."""
 
     def __init__(self, path):
         try:
@@ -321,10 +326,10 @@ class SentencePieces:
             self.model = SentencePieceProcessor()
             self.model.LoadFromSerializedProto(proto)
         except RuntimeError as e:
-            raise ValueError(f"{path} is no SentencePiece model, or a broken one: {e}") from None
+            raise UserError(f"{path} is no SentencePiece model, or a broken one: {e}") from None
         self.size = self.model.vocab_size()
         if self.model.eos_id() != END_PIECE:
-            raise ValueError(
+            raise UserError(
                 f"{path} has end piece {self.model.eos_id()}, expected {END_PIECE}: train it with "
                 "--pad_id=0 --eos_id=1 --unk_id=2 --bos_id=-1")
 
@@ -334,3 +339,119 @@ class SentencePieces:
 
     def decode(self, ids):
         return self.model.decode(real_pieces(ids, self.size))
+
+
+# --------------------------------------------------------------------------------------------------
+# what all files share: one exception, notices, and types of options that say what is allowed
+
+frozen = dataclass(frozen=True)                        # options, which are replaced, not changed
+
+
+class UserError(ValueError):
+    """What the user can mend. The message names the file or option, the place in it, the value, and
+    what was expected."""
+
+
+@cache
+def notice(text):
+    """A line on standard error about what was mended or left out, once, of the first process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", file=sys.stderr)
+
+
+def script(main):
+    """A script's main that ends with one line about what the user can mend, exit code 1, and
+    quietly if it is interrupted or nobody reads on."""
+    @wraps(main)
+    def run():
+        try:
+            try:
+                main()
+            finally:
+                sys.stdout.flush()
+        except BrokenPipeError:                        # as of `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except (UserError, OSError, ImportError) as e:
+            # From a process that loads data it comes with a traceback.
+            sys.exit("error: " + str(e).rpartition("UserError: ")[2].rstrip())
+        except (RuntimeError, MemoryError) as e:
+            if not re.search("DataLoader worker|alloc|overflow", str(e)):
+                raise
+            sys.exit(f"error: {str(e).splitlines()[0]}: a process that loads data died, or memory "
+                     f"is short: --workers=0, a smaller --batch_size or network may help")
+
+    return run
+
+
+def between(low, high=math.inf, kind=int):
+    """The type of a finite number from `low` to `high`."""
+    text = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
+    return Annotated[kind, text, lambda x: low <= x <= high]
+
+
+Natural, Count, Fraction = between(0), between(1), between(0, 1, float)
+Seed = between(0, 1 << 27)                             # that of a step must be a number of 64 bits
+NotNegative = between(0, kind=float)
+Positive = Annotated[float, "above 0", lambda x: x > 0]
+Rate = between(0, 0.999999, float)                     # of what may not be all
+Pattern = Annotated[str, "that is a regular expression", re.compile]
+
+
+def expected(kind):
+    """What values a type has, in words."""
+    args = get_args(kind)
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(str(choice) or "nothing" for choice in args)
+    if get_origin(kind) is Annotated:
+        return f"{expected(args[0])} {args[1]}"
+    if args:
+        return f"{expected(args[0])}, several between commas"
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
+
+
+def fits(value, kind):
+    """Whether a value is of a type."""
+    args = get_args(kind)
+    if get_origin(kind) is Literal:
+        return value in args
+    if get_origin(kind) is Annotated:
+        return fits(value, args[0]) and args[2](value)
+    if args:
+        right = isinstance(value, tuple) and (... in args or len(value) == len(args))
+        return right and all(fits(x, args[0]) for x in value)
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind
+
+
+def parsed(text, kind):
+    """A text as a value of a type, if it can be one."""
+    args = get_args(kind)
+    if get_origin(kind) is Literal:
+        return type(args[0])(text)
+    if get_origin(kind) is Annotated:
+        return parsed(text, args[0])
+    if args:
+        values = tuple(parsed(part, args[0]) for part in text.split(",") if text)
+        single = len(values) == 1 and ... not in args              # 640 stands for 640,640
+        return values * len(args) if single else values
+    if kind is bool:
+        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+    return kind(text)
+
+
+def check_choice(value, choices, what):
+    if value not in choices:
+        raise UserError(f"unknown {what} {value!r}, expected one of {', '.join(choices)}")
+
+
+def check_fields(*configs):
+    """UserError if the value of a field is not of its type."""
+    for config in configs:
+        for name, kind in get_type_hints(type(config), include_extras=True).items():
+            value = getattr(config, name)
+            if not fits(value, kind):
+                raise UserError(f"{name} is {value!r}, expected {expected(kind)}")

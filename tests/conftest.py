@@ -19,6 +19,15 @@ torch.set_num_threads(1)
 from model import Generated, Pix2Seq, Pix2SeqConfig, sample_token
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "campaign: takes minutes, runs only by `-m campaign`")
+
+
+def pytest_collection_modifyitems(config, items):
+    if "campaign" not in config.option.markexpr:
+        items[:] = [item for item in items if "campaign" not in item.keywords]
+
+
 def run(script, *arguments, torchrun=0, process=False, cwd=".", check=True):
     """What a script says to these arguments. Under torchrun or in a process of its own it takes
     seconds longer than in this one."""

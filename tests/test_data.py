@@ -10,10 +10,10 @@ from conftest import run
 from PIL import Image
 
 import data
-from data import Coco, DataError, EvalSet, Shapes, TrainStream
+from data import Coco, EvalSet, Shapes, TrainStream
 from model import Pix2SeqConfig
 from sample import changed
-from tokenizer import FAKE_LABEL, Vocab
+from tokenizer import FAKE_LABEL, UserError, Vocab
 from train import Config
 
 
@@ -160,9 +160,10 @@ def test_an_example_of_keypoints_is_about_one_person_who_is_no_crowd(tmp_path):
         crowd = dict(truth["annotations"][0], id=8, iscrowd=1)
         second = dict(truth["annotations"][0], id=9)
         truth["annotations"] += [crowd, second]
+        truth["categories"][0]["keypoints"] = ["head", "tail"]
 
-    source = Coco(*write_coco(tmp_path, edit))
-    assert source.count("det") == 3 and source.count("kpt") == 3
+    source = Coco(*write_coco(tmp_path, edit), task="kpt")
+    assert len(source) == 3 and source.count("kpt") == 3
     people = [source.record("kpt", i) for i in range(3)]
     assert [(p["image_id"], p["person"]) for p in people] == [(1, 0), (1, 2), (3, 0)]
     assert people[0]["keypoints"][0].tolist() == [[4, 3, 2], [6, 5, 1]]
@@ -179,28 +180,40 @@ def test_an_example_of_keypoints_is_about_one_person_who_is_no_crowd(tmp_path):
         ),
         (
             lambda t: t["annotations"][1].update(image_id=77),
-            r"image_id that no image has: 77 \(annotation 2\)",
+            r"image_id, expected the id of an image: annotations\[1\] \(id 2\) has 77",
         ),
         (
             lambda t: t["annotations"][1].update(category_id=5),
-            r"category_id that no category has: 5 \(annotation 2\)",
+            r"category_id, expected the id of a category: annotations\[1\] \(id 2\) has 5",
         ),
         (
             lambda t: t["annotations"][0].update(bbox=[1, 2, 0, 4]),
-            r"empty or outside.*annotation 1 \[1, 2, 0, 4\] in 30x20",
+            r"empty or outside.*\(id 1\) has 4 values \[1, 2, 0, 4\] in 30x20",
         ),
         (
             lambda t: t["annotations"][2].update(bbox=[1, 2, 30, 4]),
-            r"empty or outside.*annotation 3",
+            r"empty or outside.*\[2\] \(id 3\)",
         ),
-        (lambda t: t["annotations"][2].pop("bbox"), "no bbox of four numbers: annotation 3"),
-        (lambda t: t["images"][0].update(id=2), "image ids appear twice: 2"),
-        (lambda t: t["annotations"][0].update(id=2), "annotation ids appear twice: 2"),
+        (
+            lambda t: t["annotations"][2].pop("bbox"),
+            r"bbox, expected x y width height in pixels: .*\(id 3\) has None",
+        ),
+        (
+            lambda t: t["images"][0].update(id=2),
+            r"id, expected a number or text that no other has: images\[1\] \(id 2\) has 2",
+        ),
+        (
+            lambda t: t["annotations"][0].update(id=2),
+            r"id, expected a number.* that no other has: annotations\[1\] .* has 2",
+        ),
         (
             lambda t: t["categories"].append({"id": 7, "name": "dog"}),
-            "category ids appear twice: 7",
+            r"id, expected a number that no other has: categories\[1\] \(id 7\) has 7",
         ),
-        (lambda t: t["images"][0].pop("width"), "images lack one of"),
+        (
+            lambda t: t["images"][0].pop("width"),
+            r"width, expected pixels, a whole number: images\[0\] \(id 1\) has None",
+        ),
         (lambda t: t.pop("images"), "list 'images'"),
         (
             lambda t: [
@@ -209,33 +222,33 @@ def test_an_example_of_keypoints_is_about_one_person_who_is_no_crowd(tmp_path):
                 )
                 for i in range(8)
             ],
-            "8 annotations are of an image_id .* and 3 more",
+            "8 wrong values of image_id, .* and 5 more",
         ),
     ],
 )
 def test_what_is_wrong_with_a_dataset_is_named(tmp_path, edit, words):
-    with pytest.raises(DataError, match="(?s)truth.json.*" + words):
+    with pytest.raises(UserError, match="(?s)truth.json.*" + words):
         Coco(*write_coco(tmp_path, edit))
 
 
 def test_missing_files_are_named(tmp_path):
     path, images = write_coco(tmp_path)
-    with pytest.raises(DataError, match="nothing.json: no such file"):
+    with pytest.raises(UserError, match="nothing.json: no such file"):
         Coco(str(tmp_path / "nothing.json"), images)
-    with pytest.raises(DataError, match="nowhere: no such folder"):
+    with pytest.raises(UserError, match="nowhere: no such folder"):
         Coco(path, str(tmp_path / "nowhere"))
     for content in (b"{half", b"", b'{"images": "\xe4"}'):
         (tmp_path / "truth.json").write_bytes(content)
-        with pytest.raises(DataError, match="truth.json: not JSON"):
+        with pytest.raises(UserError, match="truth.json: not JSON"):
             Coco(path, images)
-    with pytest.raises(DataError, match="images: cannot be read"):
+    with pytest.raises(UserError, match="images: no such file, or another thing"):
         Coco(images, images)
 
 
-def test_bad_boxes_can_be_left_out(tmp_path):
+def test_bad_boxes_can_be_left_out(tmp_path, capsys):
     paths = write_coco(tmp_path, lambda t: t["annotations"][0].update(bbox=[1, 2, 0, 4]))
-    with pytest.warns(UserWarning, match="left out 1 boxes"):
-        source = Coco(*paths, bad_boxes="drop")
+    source = Coco(*paths, bad_boxes="drop")
+    assert "left out: 1 boxes are empty or outside their image" in capsys.readouterr().err
     assert len(source[0]["labels"]) == 0 and len(source.truth()["annotations"]) == 2
 
 
@@ -243,7 +256,7 @@ def test_category_ids_stay_if_they_can_and_are_mapped_back():
     assert data.assign_labels([1, 90, 899], 899, "x") == {1: 1, 90: 90, 899: 899}
     labels = data.assign_labels([0, 7, 9001, 2], 899, "x")
     assert labels == {0: 1, 7: 7, 9001: 3, 2: 2}
-    with pytest.raises(DataError, match="3 categories.*room for 2"):
+    with pytest.raises(UserError, match="3 categories.*room for 2"):
         data.assign_labels([1, 2, 3], 2, "x")
 
 
@@ -281,7 +294,7 @@ def test_a_photo_whose_labels_are_for_its_stored_form_is_not_turned(tmp_path):
     Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
     assert data.load_image(str(tmp_path / "a.jpg"), (20, 30)).size == (30, 20)
     assert data.load_image(str(tmp_path / "a.jpg")).size == (20, 30)
-    with pytest.raises(DataError, match="20x30, its labels are for 5x5"):
+    with pytest.raises(UserError, match="20x30, its labels are for 5x5"):
         data.load_image(str(tmp_path / "a.jpg"), (5, 5))
 
 
@@ -305,7 +318,7 @@ def test_training_data_of_which_nothing_can_be_read_stops(tmp_path):
     paths = write_coco(tmp_path)
     for i in range(3):
         (tmp_path / "images" / f"{i}.png").write_bytes(b"")
-    with pytest.raises(DataError, match="none of the 3 training images"):
+    with pytest.raises(UserError, match="none of the 3 training images"):
         TrainStream(Coco(*paths), "det", options(32), seed=0)[0]
 
 

@@ -537,15 +537,15 @@ def test_sampling_leaves_no_gradient_and_keeps_its_start():
     [
         (
             lambda x: sample(linear_denoiser, x, 2, sampler="ddpm@tiny"),
-            "sampler 'ddpm@tiny'; .*ddim.*ddpm@small",
+            "sampler 'ddpm@tiny', .*ddim.*ddpm@small",
         ),
         (
             lambda x: sample(linear_denoiser, x, 2, pred_type="x0"),
-            "pred_type 'x0'; choices: x, eps, v, x_sig",
+            "pred_type 'x0', expected one of x, eps, v, x_sig",
         ),
         (
             lambda x: sample(linear_denoiser, x, 2, self_cond="y"),
-            "self_cond 'y'; choices: none, x, eps, auto",
+            "self_cond 'y', expected one of none, x, eps, auto",
         ),
         (
             lambda x: sample(linear_denoiser, x, 2, schedule="linear"),
@@ -554,20 +554,23 @@ def test_sampling_leaves_no_gradient_and_keeps_its_start():
         (lambda x: sample(linear_denoiser, x, 0), "steps must be at least 1, got 0"),
         (
             lambda x: diffusion_loss(x, "eps2", x, x, x[:, 0]),
-            "pred_type 'eps2'; choices: x, eps, v",
+            "pred_type 'eps2', expected one of x, eps, v",
         ),
-        (lambda x: predict_x0_eps(x, x[:, 0], x, "noise"), "pred_type 'noise'; choices: x, eps, v"),
+        (
+            lambda x: predict_x0_eps(x, x[:, 0], x, "noise"),
+            "pred_type 'noise', expected one of x, eps, v",
+        ),
         (
             lambda x: self_cond_for_training(linear_denoiser, x, x[:, 0], {}, recipe("X")),
-            "self_cond 'X'; choices: none, x",
+            "self_cond 'X', expected one of none, x",
         ),
         (
             lambda x: rgb_to_bits(x, "uint9"),
-            "RGB code 'uint9'; choices: uint8, gray, uint8_s, oneh",
+            "RGB code 'uint9', expected one of uint8, gray, uint8_s, oneh",
         ),
         (
             lambda x: bits_to_rgb(x, "uint9"),
-            "RGB code 'uint9'; choices: uint8, gray, uint8_s, oneh",
+            "RGB code 'uint9', expected one of uint8, gray, uint8_s, oneh",
         ),
     ],
 )

@@ -1,6 +1,7 @@
 """Predictions, pictures and metrics of detection, masks, keypoints and captions."""
 import copy
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -17,9 +18,8 @@ import data
 import eval
 import sample
 import tokenizer
-from data import DataError
 from model import Device, Pix2Seq, Pix2SeqConfig, save
-from tokenizer import BytePieces
+from tokenizer import BytePieces, UserError
 from train import Config
 
 TASKS = ("det", "seg", "kpt", "cap")
@@ -154,7 +154,7 @@ def test_an_unreadable_image_is_left_out_of_the_evaluation(tmp_path, model, caps
     assert "000000000002.png" in capsys.readouterr().err
     for name in ("000000000001.png", "000000000003.png"):
         (images / name).write_bytes(b"")
-    with pytest.raises(DataError, match="no item to evaluate for det: .*000000000001.png"):
+    with pytest.raises(UserError, match="no item to evaluate for det: .*000000000001.png"):
         evaluate(model, c, ["det"], truth=True)
 
 
@@ -208,7 +208,7 @@ def test_ids_such_as_0_and_9001_come_back_in_the_results(tmp_path, model):
         category["id"] = new[category["id"]]
     path.write_text(json.dumps(truth))
     c = configuration(data="coco", data_dir=str(tmp_path))
-    c = replace(c, categories=tuple(data.make_source(c, "val").categories))
+    c = replace(c, categories=tuple(data.make_source(replace(c, categories=()), "val").categories))
     metrics, predictions = evaluate(model, c, ["det"], truth=True)
     ids = {result["category_id"] for result in eval.coco_results("det", predictions["det"])}
     assert metrics["det"]["AP"] > 0.99
@@ -230,13 +230,19 @@ def test_keypoints_find_their_way_back_from_the_crop(model):
 
 def test_boxes_are_read_from_a_results_file(tmp_path):
     path, obj = tmp_path / "boxes.json", {"category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
+    source = data.Shapes("val")
+    c = Config(categories=tuple(source.categories))
     path.write_text(json.dumps([{"image_id": 3, **obj}]))
-    assert eval.read_boxes(str(path)) == {3: [obj]}
-    assert eval.read_boxes("own") == "own" and eval.read_boxes("truth") == "truth"
-    for content in ('[{"image_id": 3}]', "[3]", "no json"):
+    assert eval.read_boxes(str(path), source, c) == {3: [{"image_id": 3, **obj}]}
+    for content, words in (
+            ('[{"image_id": 3}]', r"category_id.*results\[0\]"), ("[3]", "results"),
+            ("no json", "not JSON"), ("{}", "expected a list"),
+            (json.dumps([{"image_id": 999, **obj}]), "image_id, .* has 999"),
+            (json.dumps([{"image_id": 3, **obj, "score": math.nan}]), "score, .* has nan"),
+            (json.dumps([{"image_id": 3, **obj, "bbox": "1 2"}]), "bbox, .* has '1 2'")):
         path.write_text(content)
-        with pytest.raises(ValueError, match="boxes.json: expected a list of"):
-            eval.read_boxes(str(path))
+        with pytest.raises(UserError, match=f"boxes.json: .*{words}"):
+            eval.read_boxes(str(path), source, c)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -332,7 +338,7 @@ def test_sample_names_what_is_wrong(checkpoint, tmp_path, argument, words):
 def test_an_unknown_option_names_the_nearest(checkpoint, tmp_path, name):
     done = run(name, f"--ckpt={checkpoint}", "--temperatur=1", cwd=tmp_path, check=False)
     words = "error: unknown option --temperatur, did you mean '--temperature'?"
-    assert done.returncode == 2 and done.stderr.strip() == words
+    assert done.returncode == 2 and done.stderr.startswith(words)
 
 
 def test_eval_prints_and_saves_all_numbers(checkpoint, tmp_path):

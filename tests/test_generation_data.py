@@ -1,5 +1,6 @@
 import gzip
 import os
+import re
 import struct
 from dataclasses import replace
 from functools import partial
@@ -10,10 +11,11 @@ import torch
 from PIL import Image
 
 import data
-from data import COLORS, KINDS, ClipFolder, DataError, PixelArrays, ShapeClips, TrainStream
+from data import COLORS, KINDS, ClipFolder, PixelArrays, ShapeClips, TrainStream
 from diffusion import pixels_to_x0, x0_to_pixels
 from model import Pix2SeqConfig, RINConfig
 from sample import changed
+from tokenizer import UserError
 from train import Config
 
 
@@ -58,7 +60,7 @@ def test_a_drawn_image_is_a_function_of_seed_split_and_number():
     assert len(set.union(*drawn)) == 600               # no scene stands in two splits
     assert len(ShapeClips("val")) == 500 and len(ShapeClips("val", count=7)) == 7
     assert len(ShapeClips("train")) > 1 << 32
-    with pytest.raises(DataError, match="unknown split 'holdout'.*train, val, test"):
+    with pytest.raises(UserError, match="unknown split 'holdout'.*train, val, test"):
         ShapeClips("holdout")
 
 
@@ -155,7 +157,7 @@ def test_idx_files_are_read_as_they_were_written(tmp_path, dot, ending):
 def test_the_t10k_files_alone_are_shared_out(tmp_path):
     pixels, labels = write_mnist(tmp_path, count=35)
     train, val = data.load_mnist(tmp_path, "train"), data.load_mnist(tmp_path, "val")
-    with pytest.raises(DataError, match="unknown split 'test', expected one of train, val"):
+    with pytest.raises(UserError, match="unknown split 'test', expected one of train, val"):
         data.load_mnist(tmp_path, "test")
     assert np.array_equal(val.pixels, pixels[::10, ..., None]) and len(train) == 31
     rows = {p.tobytes(): label for p, label in zip(pixels, labels)}
@@ -199,7 +201,7 @@ def test_what_is_wrong_with_an_idx_file_is_named(tmp_path, name, edit, words):
     write_mnist(tmp_path)
     path = tmp_path / f"t10k-{name}-ubyte"
     path.write_bytes(edit(path.read_bytes()))
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(UserError, match=words):
         data.load_mnist(tmp_path, "val")
 
 
@@ -208,7 +210,7 @@ def test_a_truncated_gz_is_named(tmp_path):
     path = tmp_path / "t10k-images-idx3-ubyte.gz"
     for content in (path.read_bytes()[:-99], b"not packed"):
         path.write_bytes(content)
-        with pytest.raises(DataError, match="images-idx3-ubyte.gz: cannot be read"):
+        with pytest.raises(UserError, match="images-idx3-ubyte.gz: cannot be read"):
             data.load_mnist(tmp_path, "val")
 
 
@@ -240,7 +242,7 @@ def test_cifar10_is_read_from_its_folder_or_the_one_of_its_archive(tmp_path):
 
 def test_the_python_version_of_cifar10_is_not_unpickled_and_the_binary_one_asked_for(tmp_path):
     (tmp_path / "test_batch").write_bytes(b"\x80\x04N.")
-    with pytest.raises(DataError, match="no test_batch.bin, expected the CIFAR-10 binary version"):
+    with pytest.raises(UserError, match="no test_batch.bin, expected the CIFAR-10 binary version"):
         data.load_cifar10(tmp_path, "val")
 
 
@@ -254,14 +256,14 @@ def test_the_python_version_of_cifar10_is_not_unpickled_and_the_binary_one_asked
 )
 def test_what_is_wrong_with_a_cifar10_file_is_named(tmp_path, content, words):
     (tmp_path / "test_batch.bin").write_bytes(content)
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(UserError, match=words):
         data.load_cifar10(tmp_path, "val")
 
 
 def test_a_missing_batch_is_named(tmp_path):
     write_cifar(tmp_path / "x")
     os.remove(tmp_path / "x" / "data_batch_4.bin")
-    with pytest.raises(DataError, match="x: no data_batch_4.bin, expected the CIFAR-10 binary"):
+    with pytest.raises(UserError, match="x: no data_batch_4.bin, expected the CIFAR-10 binary"):
         data.load_cifar10(tmp_path / "x", "train")
 
 
@@ -305,7 +307,7 @@ def test_own_folders_of_the_splits_are_used_and_have_the_classes_of_train(tmp_pa
     assert train.classes == val.classes == ["a", "b", "c"]
     assert len(train) == 6 and len(val) == 2 and val[0]["label"] == 1
     write_images(tmp_path / "val/d", ["1.png"])
-    with pytest.raises(DataError, match="val/d: a class that is not in .*train, which has a, b, c"):
+    with pytest.raises(UserError, match="val/d: a class that is not in .*train, which has a, b, c"):
         ClipFolder(tmp_path, "val", (8, 8))
 
 
@@ -332,7 +334,7 @@ def test_a_corrupt_image_is_skipped_and_named(tmp_path):
     good = (tmp_path / "train" / "2.png").read_bytes()
     (tmp_path / "train" / "2.png").write_bytes(good[: len(good) // 2])
     source, c = ClipFolder(tmp_path, "train", (8, 8)), options()
-    with pytest.raises(DataError, match="2.png: not a readable image"):
+    with pytest.raises(UserError, match="2.png: not a readable image"):
         source[2]
     stream = TrainStream(source, "gen", c, seed=0)
     batch = data.collate("gen", c)([stream[p] for p in range(4)])
@@ -358,14 +360,14 @@ def test_videos_are_read_in_all_windows_of_frames_in_order(tmp_path):
     assert source[0]["label"] == -1 and source.classes == []
 
 
-def test_videos_that_are_too_short_are_left_out_with_a_warning(tmp_path):
+def test_videos_that_are_too_short_are_left_out_with_a_notice(tmp_path, capsys):
     write_videos(tmp_path, {"a": 2, "b": 4, "c": 1, "d": 4})
     words = "left out 2 of 4 videos, shorter than 4 frames, such as .*a$"
-    with pytest.warns(UserWarning, match=words):
-        train, val = (ClipFolder(tmp_path, split, (8, 8), 4) for split in ("train", "val"))
+    train, val = (ClipFolder(tmp_path, split, (8, 8), 4) for split in ("train", "val"))
+    assert re.search(words, capsys.readouterr().err, re.M)
     assert len(train) == len(val) == 1 and train.clips[0][0] != val.clips[0][0]
     words = "no video of 5 frames or more for train.*a folder of frames"
-    with pytest.warns(UserWarning), pytest.raises(DataError, match=words):
+    with pytest.raises(UserError, match=words):
         ClipFolder(tmp_path, "train", (8, 8), 5)
 
 
@@ -374,7 +376,7 @@ def test_every_twentieth_video_is_held_out_and_at_least_one(tmp_path, count, hel
     write_videos(tmp_path, {f"{i:02}": 1 for i in range(count)})
     train = {path for path, *_ in ClipFolder(tmp_path, "train", (8, 8), 1).clips}
     if not held:
-        with pytest.raises(DataError, match="no video .* for val"):
+        with pytest.raises(UserError, match="no video .* for val"):
             ClipFolder(tmp_path, "val", (8, 8), 1)
     val = {path for path, *_ in ClipFolder(tmp_path, "val", (8, 8), 1).clips} if held else set()
     assert len(val) == held and len(train) == count - held and not train & val
@@ -388,7 +390,7 @@ def test_videos_in_class_folders_have_labels(tmp_path):
     assert [train[i]["label"] for i in range(3)] == [0, 1, 1]
     assert [val[i]["label"] for i in range(len(val))] == [1]
     write_videos(tmp_path, {"val/fly/e": 2})
-    with pytest.raises(DataError, match="val/fly: a class that is not in .*, which has jump, run"):
+    with pytest.raises(UserError, match="val/fly: a class that is not in .*, which has jump, run"):
         ClipFolder(tmp_path, "val", (8, 8), 2)
 
 
@@ -431,7 +433,7 @@ def test_grey_becomes_colour_if_colours_are_generated():
 )
 def test_pixels_that_the_model_does_not_take_are_named(shape, c, words):
     record = {"pixels": np.zeros(shape, np.uint8), "label": 0}
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(UserError, match=words):
         data.gen_example(record, options(**c), np.random.default_rng(0))
 
 
@@ -507,7 +509,7 @@ def test_a_configuration_finds_its_source(tmp_path):
     ],
 )
 def test_data_that_does_not_fit_its_task_is_refused(task, choice, words):
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(UserError, match=words):
         c = options(data=choice)
         if task == "det":
             c = replace(c, model=Pix2SeqConfig())
@@ -527,19 +529,19 @@ def test_missing_data_says_what_to_put_where(tmp_path, choice, words):
     make = lambda folder, split="train": data.make_source(
         options(data=choice, data_dir=folder), split, "gen"
     )
-    with pytest.raises(DataError, match=f"--data_dir.*{words}"):
+    with pytest.raises(UserError, match=f"--data_dir.*{words}"):
         make("")
     for folder in (tmp_path / "gone", tmp_path):
-        with pytest.raises(DataError, match=f"^{folder}: .*expected .*{words}"):
+        with pytest.raises(UserError, match=f"^{folder}: .*expected .*{words}"):
             make(str(folder))
     if choice in ("images", "videos"):
         os.mkdir(tmp_path / "train")
-        with pytest.raises(DataError, match="/val: no such folder, expected"):
+        with pytest.raises(UserError, match="/val: no such folder, expected"):
             make(str(tmp_path), "val")
 
 
 def test_images_beside_class_folders_are_refused(tmp_path):
     write_images(tmp_path, ["a.png"])
     write_images(tmp_path / "cat", ["b.png"])
-    with pytest.raises(DataError, match="images such as a.png beside folders such as cat"):
+    with pytest.raises(UserError, match="images such as a.png beside folder cat"):
         ClipFolder(tmp_path, "train", (8, 8))

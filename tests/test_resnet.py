@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import SIZES, Bottleneck, Pix2Seq, Pix2SeqConfig, ResNet, count_parameters
+from model import SIZES, Bottleneck, Pix2Seq, Pix2SeqConfig, ResNet, build, count_parameters
 
 
 @pytest.fixture
@@ -136,9 +136,9 @@ def test_channels_last_computes_the_same(resnet_config):
 
 
 @pytest.mark.parametrize("change, words", [
-    (dict(resnet_variant="c5"), "standard, c4, c3, dc5"),
+    (dict(resnet_variant="c5"), "standard, c4, dc5, c3"),
     (dict(resnet_depth=18), "50, 101, 152"),
 ])
 def test_an_unknown_resnet_is_refused(resnet_config, change, words):
     with pytest.raises(ValueError, match=words):
-        Pix2Seq(replace(resnet_config, **change))
+        build(replace(resnet_config, **change))
