@@ -208,7 +208,8 @@ def learning_rate(step, o):
     `steps`. lr_schedule: linear | cosine | cosine@FRACTION (of the half wave) | exp@RATE | none."""
     if not re.fullmatch(r"linear|none|cosine(@\d*\.?\d+)?|exp@\d*\.?\d+", o.lr_schedule):
         raise UserError(
-            f"lr_schedule {o.lr_schedule!r}: expected linear, cosine[@FRACTION], exp@RATE or none")
+            f"unknown lr_schedule {o.lr_schedule!r}, expected linear, cosine[@FRACTION], exp@RATE "
+            f"or none")
     kind, _, number = o.lr_schedule.partition("@")
     number = float(number or 1)
     if step < o.warmup_steps:

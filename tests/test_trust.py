@@ -991,9 +991,11 @@ def test_campaign_of_kills(tmp_path):
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         kills += 1
+        print(f"kill {kills}: after step {step}, {os.listdir(tmp_path / 'run')}")
         assert not os.path.exists(tmp_path / "run/last.pt") or m.load(f"{tmp_path}/run/last.pt")
     assert start("run").wait(600) == 0
     ours, theirs = (m.load(f"{tmp_path}/{out}/last.pt") for out in ("run", "whole"))
     for name, weights in theirs["model"].items():
         assert torch.equal(ours["model"][name], weights), name
+    assert step < 300, "it had ended before the last kill"
     assert ours["step"] == theirs["step"] == 300 and ours["best"] == theirs["best"]
