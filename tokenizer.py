@@ -60,8 +60,8 @@ class Vocab:
         end = self.coord_shift + self.bins
         if end > self.text_shift:
             raise UserError(
-                f"bins is {self.bins}: token ranges overlap, as coordinates end at {end}, above "
-                f"text_shift, which is {self.text_shift}")
+                f"coord_shift + bins: coordinates end at {end}, above text_shift, which is "
+                f"{self.text_shift}")
 
     @property
     def classes(self):
