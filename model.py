@@ -866,7 +866,7 @@ class RINConfig(VideoConfig):
     without labels."""
     TASKS = "gen",
     frame_stride: Count = 1             # frames in a patch of a video
-    self_cond: Literal["none", "latent", "interface", "latent+interface"] = "latent"    # what
+    self_cond: Literal["none", "latent", "interface", "latent+interface"] = "latent"  # fed back
     interface_patch: Count = 2          # side of the patch that becomes an interface token
     interface_dim: Count = 256          # interface: width
     interface_mlp_ratio: Natural = 2    # MLP after a write: hidden width / interface_dim; 0: no MLP
