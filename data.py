@@ -2215,9 +2215,10 @@ def save_film(pictures, stem):
 @tokenizer.script
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        usage="data.py --export=DIR [--OPTION=VALUE ...]", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--export", metavar="DIR", required=True, help="write shapes there in COCO's layout")
+    add("--export", required=True, help="folder for shapes in COCO's layout")
     add("--count", type=int, default=1000, help="training scenes to export, with 500 held-out ones")
     add("--size", type=int, default=64, help="side of a scene or clip in pixels")
     add("--seed", type=int, default=0, help="dataset seed")
