@@ -802,7 +802,8 @@ def test_a_process_that_loads_data_and_dies_is_an_error(tmp_path):
          f"--out={tmp_path}/run", "--workers=1"],
         cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "a process that loads data died" in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr
+    # torch may log one of its own, of a profiler that is not there, behind a date.
+    assert not re.search("^Traceback", done.stderr, re.M), done.stderr
 
 
 def test_data_is_read_by_workers_that_are_spawned(tmp_path):
