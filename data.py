@@ -299,7 +299,7 @@ class TrainStream:
 
     def __post_init__(self):
         self.count = self.source.count(self.task)
-        if not self.count:
+        if not (self.count and self.source.learned):
             raise UserError(f"the training data has nothing to learn {self.task} from")
 
     def index(self, p):
@@ -679,10 +679,11 @@ def make_source(c, split, task="det"):
             f"data is {c.data.data!r}, expected one of {', '.join(choices)} for the task {task}")
     source, known = choices[c.data.data](c, split), {k["label"]: k["name"] for k in c.categories}
     for row in source.categories:
-        label, name = row["label"], row["name"]
-        if known and getattr(c.model, "num_classes", 1) and known.get(label) != name:
+        label = row["label"]
+        if known and getattr(c.model, "num_classes", 1) and (
+                known.get(label) not in (row["name"], str(label))):        # or known by number
             raise UserError(
-                f"the {split} data's class {label} is {name!r}, the model's {known.get(label)!r}")
+                f"the {split} data's class {label} is {row['name']!r}, not {known.get(label)!r}")
     return source
 
 
@@ -690,7 +691,7 @@ class Source:
     """What sources share. A source has a length and a record per item; `classes` (names); for
     objects and captions `truth(task)`, in COCO's format; to learn keypoints from, `people` and a
     record per `person`. Labels of objects begin at 1, for 0 is padding."""
-    endless = False
+    endless, learned = False, True                     # whether there is anything to learn
 
     @cached_property
     def categories(self):
@@ -2042,8 +2043,7 @@ def read_idx(path, dims):
     content, magic = read_bytes(path), bytes([0, 0, 8, dims])
     if content[:4] != magic:
         raise UserError(
-            f"{path}: begins with {content[:4].hex()}, expected {magic.hex()}, an idx file of "
-            f"bytes in {dims} dimensions")
+            f"{path}: begins with {content[:4].hex()}, an idx file in {dims}D with {magic.hex()}")
     header = 4 + 4 * dims
     shape = [int.from_bytes(content[at:at + 4], "big") for at in range(4, header, 4)]
     expected = header + math.prod(shape)
@@ -2085,7 +2085,7 @@ class ClipFolder(Source):
     split: the subfolder of that name; if there are none, every twentieth image of a class, or video
     of all, is val and the others are train. Labels count the class folders by name, those of train;
     without class folders they are -1. Frames are sorted by the length of their names, then by name,
-    so that 9.png comes before 10.png. Videos that are too short are left out, with a warning.
+    so that 9.png comes before 10.png. Videos that are too short are left out, with a notice.
     UserError if there is nothing to be found; an unreadable image raises it when it is asked for.
     """
 
@@ -2226,7 +2226,7 @@ def main():
     args = parser.parse_args()
     if args.count < 1 or args.size < 16 or args.seed < 0:
         parser.error("expected --count of at least 1, --size of 16, --seed of 0")
-    if os.path.exists(f"{args.export}/annotations"):
+    if exists(f"{args.export}/annotations"):
         raise UserError(f"{args.export}: holds annotations, expected a new folder")
     export_shapes(args.export, args.count, args.size, args.seed, args.format)
     print(f"wrote {args.export}; next: python train.py --data=coco --data_dir={args.export}")

@@ -2124,7 +2124,7 @@ def adapt_weights(weights, model, adapt=False, grid=None):
                 image = w.T.reshape(1, -1, *old)        # (1, D, rows, columns)
                 image = F.interpolate(image, new, mode="bicubic", antialias=True)
                 w = image[0].flatten(1).T
-        elif len(w) != len(ours) and re.fullmatch(DECODER_TABLES, name):
+        elif len(w) != len(ours) and re.fullmatch(r"decoder\.(.*code|embed|unembed|bias)", name):
             notes.append(f"{name}: {len(w)} rows, the model has {len(ours)}")
             w = torch.cat([w[:len(ours)].to(ours), ours[len(w):]])
         weights[name] = w
@@ -2132,9 +2132,6 @@ def adapt_weights(weights, model, adapt=False, grid=None):
         raise UserError(
             f"these weights are of another size; --adapt would fit them: {'; '.join(notes)}")
     return weights, notes
-
-
-DECODER_TABLES = r"decoder\.(position\.code|embed|unembed|bias)"
 
 
 # --------------------------------------------------------------------------------------------------

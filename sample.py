@@ -170,12 +170,13 @@ def generate(model, inputs, prompts, context=None, **options):
 
 def read_objects(views, tokens, class_logprobs, c):
     """Detection sequences (B, T) and (B, T, classes) -> yields per image a list of objects. Left
-    out: what stands after the end of a sequence, and what `as_objects` leaves out."""
+    out: what stands after the end of a sequence, empty boxes, and what `as_objects` leaves out."""
     labels, boxes, scores = tokenizer.decode_detection(tokens, class_logprobs, c.vocab)
     corners = boxes.unflatten(2, (2, 2)).cpu().numpy()
-    for view, yx, *rows in zip(views, corners, labels.tolist(), scores.tolist()):
+    for view, yx, of_box, sure in zip(views, corners, labels.tolist(), scores.tolist()):
         yx = view.to_image(yx).clip((view.top, view.left), (view.bottom, view.right))
-        yield as_objects(yx.reshape(-1, 4).tolist(), *rows, c.categories)
+        sure = np.array(sure) * (yx[:, 0] < yx[:, 1]).all(1)
+        yield as_objects(yx.reshape(-1, 4).tolist(), of_box, sure.tolist(), c.categories)
 
 
 @torch.no_grad()
@@ -201,7 +202,7 @@ def segment(model, inputs, c):
     prompts = tokenizer.instance_prompt(
         tokenizer.PROMPT_SEG, *prompt_boxes(inputs.views, inputs.objects, c), c.vocab)
     starts = range(0, prompts.shape[1], 16)            # the cache of keys limits how many at a time
-    for start in tqdm(starts, "masks", leave=False, disable=None if len(starts) > 2 else True):
+    for start in tqdm(starts, "masks", leave=False, disable=None if starts[2:] else True):
         out = generate(
             model,
             inputs,
@@ -412,12 +413,12 @@ def box_corners(bbox):
 
 def as_objects(boxes, labels, scores, categories):
     """Lists of boxes y0 x0 y1 x1, labels and scores -> a list of objects. Left out: what has score
-    0, labels without a category, empty boxes."""
+    0, and labels without a category."""
     id_of = {category["label"]: category["id"] for category in categories}
     return [
         {"category_id": id_of[label], "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
         for (y0, x0, y1, x1), label, score in zip(boxes, labels, scores)
-        if score > 0 and label in id_of and y1 > y0 and x1 > x0]
+        if score > 0 and label in id_of]
 
 
 def true_objects(record, categories):
@@ -632,7 +633,7 @@ class Options:
     """What sample.py and eval.py are asked for."""
     ckpt: str = ""                      # checkpoint or folder of a run; empty: the newest run
     task: str = "all"                   # some of det,seg,kpt,cap, or one; all: all that it knows
-    seed: Seed = 0                   # of sampling
+    seed: Seed = 0                      # of sampling
     device: str = "auto"                # auto, cuda, mps or cpu
     dtype: Dtype = "auto"               # of matrix products (see model.Device)
     compile: Switch = "off"             # torch.compile, for much at once: auto: on cuda
@@ -673,8 +674,8 @@ def main():
     report = json.loads(json.dumps(report), parse_float=lambda text: round(float(text), 4))
     print(json.dumps(report, indent=1))
     print(f"{path}: pictures in {options.out}/", file=sys.stderr)
-    shown = report if isinstance(report, list) else report.get("failed", ())
-    sys.exit(any("error" in row for row in shown))
+    rows = report if isinstance(report, list) else report.get("failed", ())
+    sys.exit(any("error" in row for row in rows))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -683,7 +684,7 @@ def main():
 def show(model, c, tasks, options, generator):
     """Pictures of what a model says about the user's images, or about held-out items, into a
     folder. options: SampleOptions. Returns what sample.py prints."""
-    if options.class_name is not None and SHOW[tasks[0]] is not show_samples:
+    if options.class_name and SHOW[tasks[0]] is not show_samples:
         raise UserError(f"--class={options.class_name} is of gen, ar, this is {','.join(tasks)}")
     os.makedirs(options.out, exist_ok=True)
     return SHOW[tasks[0]](model, c, tasks, options, generator)
@@ -710,7 +711,7 @@ def each_input(options, read, c, failed):
     """Yields the name and the record of each image that is named on the command line, as `read`
     makes it of a path, or else of held-out items; one at a time. Adds to `failed` what cannot be
     read, and why."""
-    for path in tqdm(options.images, disable=None if len(options.images) > 1 else True):
+    for path in tqdm(options.images, disable=None if options.images[1:] else True):
         try:
             record = read(path)
         except UserError as e:
@@ -895,15 +896,15 @@ def read_clip(path, task):
             images = [data.load_image(path)]
         elif os.path.isdir(path):
             images = list(map(data.load_image, data.frame_files(path).values()))
-        elif path.lower().endswith((".gif", *data.IMAGE_KINDS)):
-            data.check_file(path)
-            with Image.open(path, formats=data.FORMATS) as film:
-                images = [data.to_rgb(frame.copy()) for frame in ImageSequence.Iterator(film)]
         else:
             data.check_file(path)
-            import av
-            with av.open(path) as film:
-                images = [frame.to_image() for frame in film.decode(video=0)]
+            if path.lower().endswith((".gif", *data.IMAGE_KINDS)):
+                with Image.open(path, formats=data.FORMATS) as film:
+                    images = [data.to_rgb(frame.copy()) for frame in ImageSequence.Iterator(film)]
+            else:
+                import av
+                with av.open(path) as film:
+                    images = [frame.to_image() for frame in film.decode(video=0)]
     except UserError:
         raise
     except ImportError as e:

@@ -361,7 +361,7 @@ def notice(text):
 
 def script(main):
     """A script's main that ends with one line about what the user can mend, exit code 1, and
-    quietly if it is interrupted or nobody reads on."""
+    quietly if it is interrupted or nobody reads on. So it ends where memory is short, too."""
     @wraps(main)
     def run():
         try:
@@ -439,7 +439,7 @@ def parsed(text, kind):
         single = len(values) == 1 and ... not in args              # 640 stands for 640,640
         return values * len(args) if single else values
     if kind is bool:
-        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        return "false 0 true 1".split().index(text.lower()) > 1
     return kind(text)
 
 

@@ -65,7 +65,7 @@ from tokenizer import Count, Fraction, Natural, NotNegative, Positive, Rate, See
 @frozen
 class OptimConfig:
     """What is learned from the data, how, for how long."""
-    seed: Seed = 0                   # of weights, order, augmentation, dropout and noise
+    seed: Seed = 0                      # of weights, order, augmentation, dropout and noise
     init_from: str = ""                 # start from the weights of a run, or of a checkpoint
     adapt: bool = False                 # init_from may be of another size, vocabulary, or classes
     batch_size: Count = 32              # images of each task per step, over all processes
@@ -249,8 +249,8 @@ def prepare(c, device):
         for category in source.categories:
             known = categories.setdefault(category["id"], dict(category))
             if known["name"] != category["name"]:
-                names = known["name"], category["name"]
-                raise UserError(f"category {category['id']} has two names, {names}")
+                raise UserError(
+                    f"category {category['id']} has names {known['name']!r}, {category['name']!r}")
             known.update(category)
     first, o = c.data.tasks[0], c.optim
     per_epoch = len(sources[first]) / batch_sizes(c)[first]
@@ -310,22 +310,20 @@ def locked(folder):
 
 
 def summarize(c, device, sources):
-    """Says what the data holds, and writes it into the run's folder. UserError if there is nothing
-    to learn."""
+    """Says what the data holds, and at a run's start writes it into its folder."""
     found = {
         f"{task} {split}": source.summary(c)
         for split, of_split in sources.items() for task, source in of_split.items()
         if not source.endless}
     for name, row in found.items():
         learned = Counter(row["learned"])
-        if not learned and name.endswith("train"):
-            raise UserError(f"the training data has nothing to learn {name.split()[0]} from")
         kinds = ", ".join(f"{kind} {number}" for kind, number in learned.most_common(8))
         device.say(f"{name}: {row['images']} images; {len(learned)} classes: {kinds}")
         if not learned:
             tokenizer.notice(f"{name}: nothing to find, so no checkpoint is the best")
-    with open(f"{c.run.out}/data.json", "w") as f:
-        json.dump(found, f, indent=1)
+    if not os.path.exists(f"{c.run.out}/last.pt"):
+        with open(f"{c.run.out}/data.json", "w") as f:
+            json.dump(found, f, indent=1)
 
 
 def per_task(c, field, default=0):
@@ -334,8 +332,7 @@ def per_task(c, field, default=0):
     values = getattr(c.optim, field) or (default,) * len(tasks)
     if len(values) != len(tasks):
         raise UserError(
-            f"--{field}={','.join(map(str, values))}: expected {len(tasks)} numbers, for "
-            f"{','.join(tasks)}")
+            f"--{field} is {values}: expected {len(tasks)} numbers, for {','.join(tasks)}")
     return dict(zip(tasks, values))
 
 
@@ -394,8 +391,7 @@ def check_diffusion(c, source):
         most = max(c.data.max_segments - 1, *(row["label"] for row in c.categories))
         if d.bits != "ids" or m.channels % 2 or most >> m.channels // 2:
             raise UserError(
-                f"bits is {d.bits!r} and channels {m.channels}, expected 'ids' and twice the bits "
-                f"of {most}, the largest of all labels and ids")
+                f"bits {d.bits!r}, channels {m.channels}: expected 'ids', twice the bits of {most}")
         return
     codes = {"": 1, **diffusion.RGB_CODES}             # channels of a colour
     channels = c.data.image_channels * codes.get(d.bits, 0)
@@ -748,8 +744,8 @@ class Log:
         """Says where the run stopped. Returns the metrics that reached the target, None if none
         did; on other processes than the first {}, as at the end."""
         self.bar.close()
-        self.device.say(f"stopped at step {step}, saved in {self.c.run.out}/last.pt; "
-                        "the same command goes on from there")
+        self.device.say(
+            f"stopped at step {step}, saved in {self.c.run.out}/last.pt; the same command goes on")
         return self.reached if self.device.first else {}
 
 

@@ -618,7 +618,7 @@ def test_a_checkpoint_of_another_format_says_so(tmp_path, monkeypatch):
     (dict(max_objects=100), "det sequences have 500 tokens, max_seq_len is 64"),
     (dict(vocab_size=150), "vocab_size is 150, the tokens need 174"),
     (dict(tasks=("gen",)), "'gen' is no task of Pix2SeqConfig, expected some of det,seg,kpt,cap"),
-    (dict(task_weights=(1.0, 2.0)), "--task_weights=1.0,2.0: expected 1 numbers, for det"),
+    (dict(task_weights=(1.0, 2.0)), r"--task_weights is \(1.0, 2.0\): expected 1 numbers, for det"),
     (dict(steps=0), "expected --steps"),
 ])
 def test_what_does_not_fit_is_said_before_training(changes, words, tmp_path):

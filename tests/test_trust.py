@@ -1,7 +1,7 @@
 """Wrong input: one error that says where, before the first step; nothing saved is lost.
 
 Rows of tables are kinds of wrong input; the fuzzers make members of them at random, with a seed.
-The long ones run by `pytest -m campaign tests/test_trust.py`, some 25 minutes on two cores.
+The long ones run by `pytest -m campaign tests/test_trust.py`, some five minutes on two cores.
 """
 import copy
 import json
@@ -303,6 +303,42 @@ def test_held_out_categories_are_matched_by_their_names(tmp_path):
         truth["instances"]["categories"][0]["name"] = "lynx"
 
     refused(started(dataset(tmp_path, other_names, "val")), "val2017.json", "'lynx'", "cat, dog")
+
+
+def test_classes_that_a_model_knows_by_number_may_have_any_name():
+    """Those of converted checkpoints; another name is another class."""
+    c = train.PRESETS["gen_shapes"].config
+    for name, fine in ((str, True), (data.KINDS.__getitem__, True), ("cube {}".format, False)):
+        rows = tuple({"id": i, "name": name(i), "label": i} for i in range(4))
+        if fine:
+            assert data.make_source(replace(c, categories=rows), "val", "gen").classes == data.KINDS
+        else:
+            with pytest.raises(UserError, match="class 0 is 'circle', not 'cube 0'"):
+                data.make_source(replace(c, categories=rows), "val", "gen")
+
+
+def test_a_true_box_at_the_edge_keeps_its_place_beside_its_mask(tmp_path):
+    """Cut to the image nothing is left of it, but the masks behind it are still those of others."""
+    edge = objects("bbox", [48, 6, 1, 20], 0)
+    source = data.Coco(
+        f"{dataset(tmp_path, edge)}/annotations/instances_train2017.json",
+        f"{tmp_path}/train2017", task="seg")
+    record = source[0]
+    found = sample.true_objects(record, source.categories)
+    assert [obj["category_id"] for obj in found] == [1, 2] and len(record["polygons"]) == 2
+
+
+def test_a_refused_run_leaves_the_earlier_ones_folder_as_it_was(tmp_path):
+    folder = dataset(tmp_path / "a")
+    assert started(folder).returncode == 0
+    before = (tmp_path / "a/run/data.json").read_bytes()
+    edit = lambda truth: truth["instances"]["annotations"].pop()
+    other = dataset(tmp_path / "b", edit)
+    refused(started(other, f"--out={folder}/run"), "is of another run")
+    assert (tmp_path / "a/run/data.json").read_bytes() == before
+    empty = dataset(tmp_path / "c", lambda truth: truth["instances"].update(annotations=[]))
+    refused(started(empty, f"--out={folder}/run", "--fresh"), "nothing to learn det")
+    assert sorted(os.listdir(tmp_path / "a")) == ["annotations", "run", "train2017", "val2017"]
 
 
 def test_a_class_has_one_name_in_all_files(tmp_path):
