@@ -2043,7 +2043,7 @@ def read_idx(path, dims):
     content, magic = read_bytes(path), bytes([0, 0, 8, dims])
     if content[:4] != magic:
         raise UserError(
-            f"{path}: begins with {content[:4].hex()}, an idx file in {dims}D with {magic.hex()}")
+            f"{path}: begins with {content[:4].hex()}, expected {magic.hex()}, idx in {dims}D")
     header = 4 + 4 * dims
     shape = [int.from_bytes(content[at:at + 4], "big") for at in range(4, header, 4)]
     expected = header + math.prod(shape)

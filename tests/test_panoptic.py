@@ -489,8 +489,8 @@ def test_features_are_merged_until_they_are_as_large_as_the_masks():
 
 
 @pytest.mark.parametrize("change, words", [
-    (dict(max_segments=300), "channels 16, expected 'ids' and twice the bits of 299"),
-    (dict(bits="uint8"), "bits is 'uint8'"),
+    (dict(max_segments=300), "channels 16: expected 'ids', twice the bits of 299"),
+    (dict(bits="uint8"), "bits 'uint8', channels 16: expected 'ids'"),
     (dict(sampler="euler"), "sampler is 'euler'"),
     (dict(train_schedule="cubic"), "cubic"),
     (dict(low_noise_weight=0.5), "low_noise_weight is 0.5"),
