@@ -288,6 +288,9 @@ def generate(network, c, count, cond=None, generator=None, callback=None, noise=
     noise:    to begin with; drawn, if None
     """
     s, device = c.sampling, next(network.parameters()).device
+    denoise = as_denoiser(network, c)
+    if hasattr(network, "replayed"):                   # see model.Device
+        denoise = network.replayed(denoise)
     cond = condition(cond or {}, c)
     if noise is None:
         noise = torch.randn(count, *c.model.sample_shape, generator=generator, device=device)
@@ -298,7 +301,7 @@ def generate(network, c, count, cond=None, generator=None, callback=None, noise=
     if callback:
         show(-1, noise, noise)
     x0 = sample(
-        as_denoiser(network, c),
+        denoise,
         noise,
         s.sample_steps,
         schedule=s.sample_schedule,

@@ -160,13 +160,13 @@ def coco_results(task, predictions):
 # the other tasks' scores, and the table
 
 def score_captions(predictions, source, c, device):
-    """ROUGE-L, CIDEr, BLEU, and the fraction that is exactly one of the references."""
+    """`caption_scores`, and the fraction that is exactly one of the references."""
     references = {}
     for annotation in source.truth("cap")["annotations"]:
         references.setdefault(annotation["image_id"], []).append(annotation["caption"].strip())
     written = {i: p["caption"] for i, p in predictions.items() if i in references}
     if not written:
-        return dict.fromkeys((*CAPTION_METRICS, "exact"), -1.0)    # nothing to find
+        return {"ROUGE_L": -1.0, "exact": -1.0}        # nothing to find
     scores = caption_scores(written, references)
     exact = sum(text in references[i] for i, text in written.items()) / len(written)
     return scores | {"exact": round(exact, 5), "images": len(written)}
@@ -575,9 +575,8 @@ def average_precision(truth, results, image_ids, task="det"):
 
 
 # --------------------------------------------------------------------------------------------------
-# captions: n-grams in common with what people wrote
+# captions: words in common with what people wrote
 
-CAPTION_METRICS = "ROUGE_L CIDEr BLEU_1 BLEU_2 BLEU_3 BLEU_4".split()
 BRACKETS = dict(zip("()[]{}", "-lrb- -rrb- -lsb- -rsb- -lcb- -rcb-".split()))
 WORD = re.compile(r"""
     (?:mrs?|ms|dr|st|ave|jr|sr|vs|etc|no(?=\.[ ]\d))\.             # mr.  no. 5
@@ -610,32 +609,6 @@ def official_words(texts):
     return [lines[i][0].split() for i in numbered]
 
 
-def ngrams(words):
-    """list of words -> one Counter each for the words, pairs, triples and quadruples."""
-    return [Counter(zip(*(words[i:] for i in range(n)))) for n in (1, 2, 3, 4)]
-
-
-def bleu(pairs):
-    """[(candidate, [reference, ...])] in words -> (4,) BLEU_1..4 of the corpus (Papineni et al.,
-    ACL 2002): geometric means of the precisions, times a penalty if the candidates are shorter than
-    the references closest in length."""
-    correct = np.zeros(4)
-    total = np.zeros(4)
-    length = closest = 0
-    for candidate, references in pairs:
-        for n, (counts, *others) in enumerate(zip(ngrams(candidate), *map(ngrams, references))):
-            most = Counter()
-            for other in others:
-                most |= other                          # the larger count of each n-gram
-            correct[n] += (counts & most).total()
-            total[n] += counts.total()
-        length += len(candidate)
-        closest += min((abs(len(r) - len(candidate)), len(r)) for r in references)[1]
-    precision = (correct + 1e-15) / (total + 1e-9)     # pycocoevalcap's guards against 0 / 0
-    penalty = math.exp(min(0.0, 1 - (closest + 1e-9) / (length + 1e-15)))
-    return np.cumprod(precision) ** (1 / np.arange(1, 5)) * penalty
-
-
 def rouge_l(pairs, beta=1.2):
     """Mean over images of the F score of the longest common subsequence (Lin, ACL 2004); precision
     and recall may come from different references."""
@@ -664,40 +637,13 @@ def common_subsequence(a, b):
     return row[-1]
 
 
-def cider(pairs, sigma=6.0):
-    """CIDEr-D without stemming, which is what pycocoevalcap calls CIDEr (1411.5726): ten times the
-    mean cosine of n-gram counts, each weighted by how few images use the n-gram. 0 with one image,
-    where every weight is log(1)."""
-    seen = Counter()
-    for _, references in pairs:
-        seen.update({gram for r in references for counts in ngrams(r) for gram in counts})
-
-    def weigh(words):
-        rare = math.log(len(pairs))
-        return [
-            {gram: count * (rare - math.log(max(1, seen[gram]))) for gram, count in counts.items()}
-            for counts in ngrams(words)]
-
-    total = 0.0
-    for candidate, references in pairs:
-        weights = weigh(candidate)
-        for reference in references:
-            penalty = math.exp(-(len(candidate) - len(reference)) ** 2 / (2 * sigma ** 2))
-            for a, b in zip(weights, weigh(reference)):
-                # The smaller of two weights: repeating a word gains nothing.
-                dot = sum(min(w, b[gram]) * b[gram] for gram, w in a.items() if gram in b)
-                norms = math.hypot(*a.values()) * math.hypot(*b.values())
-                total += penalty * dot / (norms or 1.0) / (4 * len(references))
-    return 10 * total / len(pairs)
-
-
 def caption_scores(candidates, references):
     """{image_id: str}, {image_id: [str, ...]} -> {name: number} of the corpus.
 
-    Candidates decide which images count, also in CIDEr's weights. Words come from pycocoevalcap's
-    Java tokeniser, on which published numbers rest ("words": "ptb"), where package and Java are
-    found, else from `caption_words` ("own"). Given the same words, the numbers are pycocoevalcap's.
-    UserError names an image without references.
+    Candidates decide which images count, also in CIDEr's weights. CIDEr and BLEU need the package
+    pycocoevalcap. Words come from its Java tokeniser, on which published numbers rest ("words":
+    "ptb"), where that and Java are found, else from `caption_words` ("own"). UserError names an
+    image without references.
     """
     if not candidates:
         raise UserError("no captions to score")
@@ -708,8 +654,20 @@ def caption_scores(candidates, references):
     texts = [text for i, candidate in candidates.items() for text in (candidate, *references[i])]
     words = iter(official_words(texts) if official else map(caption_words, texts))
     pairs = [(next(words), [next(words) for _ in references[i]]) for i in candidates]
-    scores = zip(CAPTION_METRICS, (rouge_l(pairs), cider(pairs), *bleu(pairs)))
-    return {name: round(float(score), 5) for name, score in scores} | {
+    scores = {"ROUGE_L": rouge_l(pairs)}
+    try:
+        from pycocoevalcap.bleu.bleu import Bleu
+        from pycocoevalcap.cider.cider import Cider
+    except ImportError:
+        tokenizer.notice("CIDEr and BLEU need pip install pycocoevalcap")
+    else:
+        found = {n: [" ".join(words)] for n, (words, _) in enumerate(pairs)}
+        truth = {n: [" ".join(words) for words in known] for n, (_, known) in enumerate(pairs)}
+        if any(map(any, truth.values())):              # they fail where there is no word at all
+            scores["CIDEr"], _ = Cider().compute_score(truth, found)
+            bleu, _ = Bleu(4).compute_score(truth, found, verbose=0)
+            scores |= {f"BLEU_{n}": score for n, score in enumerate(bleu, 1)}
+    return {name: round(float(score), 5) for name, score in scores.items()} | {
         "words": "ptb" if official else "own"}
 
 

@@ -25,6 +25,7 @@ import signal
 import sys
 import time
 import zipfile
+from collections import Counter
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import zip_longest
@@ -34,8 +35,9 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -45,6 +47,8 @@ from tokenizer import Count, Natural, Positive, Rate, UserError, between, frozen
 # --------------------------------------------------------------------------------------------------
 # blocks
 
+# cuDNN's attention needs three more kernels for a single query, and some versions err on it.
+DECODING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 Code = Literal["sin_cos", "learned"]
 PositionKind = Literal["learned", "sin_cos", "sin_cos_plus_learned"]
 
@@ -354,6 +358,7 @@ class Pix2Seq(nn.Module):
         return output_losses(self.decoder, x, targets, smoothing)
 
     @torch.no_grad()
+    @sdpa_kernel(DECODING)
     def generate(
             self, context, prompts, length, samples=1, end=None, return_logprobs=slice(0),
             suppress=None, generator=None, **sampling):
@@ -376,32 +381,38 @@ class Pix2Seq(nn.Module):
         new = prompts.reshape(-1, P)                    # what the decoder has not seen
         S, device = len(new) * samples, context.device
         at = torch.arange(P, device=device)             # positions of `new`
-        caches = [Cache(layer, context) for layer in self.decoder.layers]
+        caches = [Cache(layer, context, P) for layer in self.decoder.layers]
         tokens = new.new_zeros(S, length)
         probs = torch.zeros(S, length, device=device)
         chosen = len(self.decoder.embed[return_logprobs])
         logprobs = probs.new_full((S, length, chosen), -math.inf)
         rows = torch.arange(S, device=device)           # the sequences that have not ended
-        for t in range(length):
-            for cache in caches:                        # attention masks what is to come
-                cache.room = 64 * math.ceil((P + t) / 64)
-            x = self.decoder(new, context, caches, at)[:, -1]
-            if t == 0:                                  # samples of a prompt part here
-                x = x[rows // samples]                  # (S, D)
-                for cache in caches:
-                    cache.select(rows // samples)
+        if P > 1:
+            self.decoder(new[:, :-1], context, caches, at[:-1])
+            for cache in caches:
+                cache.select(rows // samples)           # samples of a prompt part here
+        new, at = new[rows // samples, -1:], at[-1:]
+
+        def write(new, at, uniform):
+            """One token of each sequence, its log-probabilities."""
+            x = self.decoder(new, context, caches, at)[:, -1]               # (S, D)
             logits = self.decoder.scores(x).float()     # (S, V)
-            uniform = torch.rand(2, S, generator=generator, device=device)[:, rows]
             token = shown = sample_token(logits, uniform[0], **sampling)    # (S,)
             if suppress is not None:
                 logits[:, suppress] = -math.inf
                 other = sample_token(logits, uniform[1], **sampling)
                 shown = torch.where(token == suppress, other, token)
             logprob = logits.log_softmax(-1)
-            tokens[rows, t] = shown
-            probs[rows, t] = logprob.gather(1, shown[:, None])[:, 0].exp()
-            logprobs[rows, t] = logprob[:, return_logprobs]
-            new, at = token[:, None], at[-1:] + 1
+            prob = logprob.gather(1, shown[:, None])[:, 0].exp()
+            return token, shown, prob, logprob[:, return_logprobs]
+
+        write = Device.replayed(write)
+        for t in range(length):
+            for cache in caches:                        # attention masks what is to come
+                cache.room = 64 * math.ceil((P + (length if context.is_cuda else t)) / 64)
+            uniform = torch.rand(2, S, generator=generator, device=device)[:, rows]
+            token, tokens[rows, t], probs[rows, t], logprobs[rows, t] = write(new, at, uniform)
+            new, at = token[:, None], at + 1
             if end is not None and t % 16 == 15:        # reading it waits for the GPU: not often
                 ended = (tokens[rows, :t + 1] == end).any(1).view(B, -1)
                 most = int((~ended).sum(1).max())       # as many for each image
@@ -1860,13 +1871,20 @@ class Device:
 
     def place(self, model):
         """The model, on this device."""
-        model.to(self.device)
+        model.to(self.device).replayed = self.replayed
         if self.dtype_by_size and count_parameters(model) > 2e7:    # ViT-B was seen to gain
             self.dtype = torch.bfloat16
         if self.cuda:
             model.to(memory_format=torch.channels_last)
             if self.world > 1:                          # torch shares statistics on GPUs only
                 model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return model
+
+    def cast(self, model):
+        """A model that only predicts, weights of its matrix products in this dtype for good."""
+        for part in model.modules():
+            if isinstance(part, (nn.Linear, nn.Conv2d)):
+                part.to(self.dtype)
         return model
 
     def wrap(self, model):
@@ -1894,6 +1912,32 @@ class Device:
         for part in model.modules():
             if isinstance(part, (Layer, ResNet, UNet)):
                 part.compile()
+
+    @staticmethod
+    def replayed(work):
+        """work(*tensors, **constants) -> tensors. On cuda the third call for tensors of a shape
+        records its kernels as a graph, which later ones launch at once, into the same results."""
+        calls, graphs = Counter(), {}
+
+        def call(*tensors, **constants):
+            given = [x for x in tree_leaves(tensors) if x is not None]
+            key = *(x.shape for x in given), *map(id, constants.values())
+            calls[key] += 1
+            if not given[0].is_cuda or calls[key] < 3:  # the second one may still compile
+                return work(*tensors, **constants)
+            if key not in graphs:
+                graph = torch.cuda.CUDAGraph()
+                places = tree_map_only(torch.Tensor, torch.clone, tensors)
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    graphs[key] = graph, places, work(*places, **constants)
+            graph, places, results = graphs[key]
+            for place, x in zip(tree_leaves(places), tree_leaves(tensors)):
+                if x is not None:
+                    place.copy_(x)
+            graph.replay()
+            return results
+
+        return call
 
     def autocast(self):
         """Context in which matrix products have this dtype."""

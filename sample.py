@@ -490,7 +490,7 @@ def load_model(path, device):
         raise UserError("--device=xla is for training: predict with cpu or cuda")
     model, c = read_model(path)
     device.compile(model)
-    return device.place(model).eval(), c
+    return device.cast(device.place(model)).eval(), c
 
 
 def read_model(path):

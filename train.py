@@ -156,6 +156,7 @@ def train(c):
                 best = score
                 save_run("best.pt", c, device, step, best, model, average)
         if done:
+            device.wait()                           # gloo can abort one that ends before others
             return metrics
 
         # The noise of a step depends on nothing before it, so a resumed run repeats it.
@@ -430,65 +431,57 @@ def make_optimizer(named_parameters, o, fused=False):
             }
             groups.setdefault((exempt, variables), group)["params"].append(p)
     return makers[o.optimizer](
-        groups.values(), lr=o.lr, betas=(o.beta1, o.beta2), eps=o.adam_eps, fused=fused)
+        groups.values(), lr=o.lr, betas=(o.beta1, o.beta2), eps=o.adam_eps,
+        fused=fused and o.optimizer == "adamw")
 
 
-def adam_update(p, state, group):
-    """What Adam subtracts from a parameter, decay included, before the learning rate."""
-    beta1, beta2 = group["betas"]
-    if not state:
-        state.update(step=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
-    state["step"] += 1
-    mean = state["mean"].lerp_(p.grad, 1 - beta1) / (1 - beta1 ** state["step"])
-    square = state["square"].lerp_(p.grad.square(), 1 - beta2) / (1 - beta2 ** state["step"])
-    return mean / (square.sqrt() + group["eps"]) + group["weight_decay"] * p
-
-
-class Optimizer(torch.optim.Optimizer):
-    """What LAMB and Muon share. A group says how many `variables` a parameter holds, side by side:
-    keys and values of model.Attention are two; 0 takes Adam's step."""
-
-    def __init__(self, groups, **options):
-        super().__init__(groups, options)
-
-    def parameters(self):
-        """[(parameter with a gradient, its state, its group)]"""
-        return [(p, self.state[p], group) for group in self.param_groups
-                for p in group["params"] if p.grad is not None]
-
-
-class LAMB(Optimizer):
+class LAMB(torch.optim.AdamW):
     """Adam with the step of each variable, decay included, scaled to the norm of the variable
     (1904.00962)."""
 
     @torch.no_grad()
     def step(self):
-        for p, state, group in self.parameters():
-            update, n = adam_update(p, state, group), group["variables"]
-            for variable, change in zip(p.chunk(n), update.chunk(n)) if n else ():
-                norm, length = variable.norm(), change.norm()
-                change *= torch.where((norm > 0) & (length > 0), norm / length, 1.0)
-            p.sub_(group["lr"] * update)
+        rates, before = [], []
+        for group in self.param_groups:
+            rates.append(group["lr"])
+            before.append([p.clone() for p in group["params"]])
+            group["lr"] = 1.0
+        super().step()
+        for group, lr, old in zip(self.param_groups, rates, before):
+            group["lr"], params, n = lr, group["params"], group["variables"]
+            changes = torch._foreach_sub(params, old)
+            if n:
+                values, steps = (
+                    [variable for x in xs for variable in x.chunk(n)] for xs in (old, changes))
+                norms = torch.stack(torch._foreach_norm(values))
+                lengths = torch.stack(torch._foreach_norm(steps))
+                scales = torch.where((norms > 0) & (lengths > 0), norms / lengths, 1.0)
+                torch._foreach_mul_(steps, scales.unbind())
+            torch._foreach_mul_(changes, lr)
+            torch._foreach_copy_(params, torch._foreach_add(old, changes))
 
 
-class Muon(Optimizer):
+class Muon(torch.optim.AdamW):
     """Nesterov momentum whose matrices are made orthogonal (Jordan 2024, kellerjordan.github.io),
     as long as a step of Adam (2502.16982, section 2.2); tables and vectors take Adam's step."""
 
     @torch.no_grad()
     def step(self):
         alike = {}                                     # matrices of one shape are done at once
-        for p, state, group in self.parameters():
+        for group in self.param_groups:
             n = group["variables"]
-            if not n:
-                p.sub_(group["lr"] * adam_update(p, state, group))
-                continue
-            if not state:
-                state["momentum"] = torch.zeros_like(p)
-            momentum = state["momentum"].lerp_(p.grad, 0.05)
-            ahead = p.grad.lerp(momentum, 0.95).flatten(1)
-            for matrix, change in zip(p.chunk(n), ahead.chunk(n)):
-                alike.setdefault(change.shape, []).append((matrix, change, group))
+            for p in group["params"] if n else ():
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:                          # AdamW looks for a step in each
+                    state.update(step=torch.tensor(0.0), momentum=torch.zeros_like(p))
+                momentum = state["momentum"].lerp_(p.grad, 0.05)
+                ahead = p.grad.lerp(momentum, 0.95).flatten(1)
+                p.grad = None                          # nothing is left of it for Adam
+                for matrix, change in zip(p.chunk(n), ahead.chunk(n)):
+                    alike.setdefault(change.shape, []).append((matrix, change, group))
+        super().step()
         for shape, rows in alike.items():
             matrices, changes, groups = zip(*rows)
             changes = 0.2 * max(shape) ** 0.5 * orthogonal(torch.stack(changes))
@@ -1498,16 +1491,19 @@ def bench(c):
     with torch.no_grad():
         measure("forward", loss)
     measure("backward", backward)                      # and forward
-    with FlopCounterMode(display=False) as flops:
-        step()
-    speed = flops.get_total_flops() / measure("step", step)
+    seconds = measure("step", step)
+    memory = device.memory_gb()
     square = torch.rand(4096, 4096, device=device.device, dtype=device.dtype)
     peak = 2 * 4096 ** 3 / measure("matmul", lambda: square @ square, 1, "products")
-    device.say(f"step: {speed / 1e9:.0f} GFLOPS, {speed / peak:.0%} of a large product's; peak "
-               f"memory {device.memory_gb():.1f} GiB")
-    model.eval()
+    device.cast(model.eval())
     with torch.no_grad(), device.autocast():
         BENCH[c.data.tasks[0]](model, c, device, measure)
+    with FlopCounterMode(display=False) as flops:      # last, as it ends what compile did
+        backward()
+    speed = flops.get_total_flops() / seconds
+    device.say(
+        f"step: {speed / 1e9:.0f} GFLOPS, {speed / peak:.0%} of a large product's; peak memory "
+        f"{memory:.1f} GiB")
     return rows
 
 

@@ -1,6 +1,7 @@
 """Captions: text in pieces, pieces as tokens, and the scores of texts."""
 
 import functools
+import importlib.util
 import itertools
 import json
 import math
@@ -8,11 +9,11 @@ import os
 import sys
 import types
 
-import numpy as np
 import pytest
 import torch
 
 import eval
+import tokenizer
 from eval import caption_scores, caption_words
 from tokenizer import (
     END_PIECE,
@@ -262,6 +263,8 @@ def test_a_real_sentencepiece_model_decodes_what_it_encodes(tmp_path):
 # scores
 
 METRICS = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "ROUGE_L", "CIDEr")
+has_package = importlib.util.find_spec("pycocoevalcap") is not None
+needs_package = pytest.mark.skipif(not has_package, reason="needs pycocoevalcap")
 CANDIDATES = {
     1: "A red circle above the blue square.",
     2: "two stars left of a star",
@@ -292,7 +295,7 @@ def own_scores(candidates, references):
 def scores(candidates, references):
     """[str], [[str]] -> the metrics, with own words."""
     result = own_scores(dict(enumerate(candidates)), dict(enumerate(references)))
-    assert result.pop("words") == "own" and set(result) == set(METRICS)
+    assert result.pop("words") == "own" and set(result) <= set(METRICS)
     assert all(math.isfinite(x) for x in result.values()), result
     return result
 
@@ -324,35 +327,11 @@ def test_words_are_those_of_the_penn_treebank_tokeniser(text, words):
         assert eval.official_words([text, "x"])[0] == words.split()
 
 
+@needs_package
 @pytest.mark.parametrize("ids", MEASURED)
 def test_numbers_are_those_measured_with_pycocoevalcap(ids):
     found = own_scores({i: CANDIDATES[i] for i in ids}, REFERENCES)
     assert [found[name] for name in METRICS] == pytest.approx(MEASURED[ids], abs=2e-5)
-
-
-def test_given_the_same_words_the_scores_are_those_of_pycocoevalcap():
-    pytest.importorskip("pycocoevalcap.bleu.bleu")
-    from pycocoevalcap.bleu.bleu import Bleu
-    from pycocoevalcap.cider.cider import Cider
-    from pycocoevalcap.rouge.rouge import Rouge
-    rng, letters = np.random.default_rng(0), list("aaabbcdefgh")
-
-    def random_words():
-        return list(rng.choice(letters, rng.integers(0, 12)))
-
-    for images in (1, 2, 30):
-        pairs = []
-        for _ in range(images):
-            candidate, count = random_words(), rng.integers(1, 6)
-            pairs.append((candidate, [random_words() for _ in range(count)]))
-        found = {i: [" ".join(candidate)] for i, (candidate, _) in enumerate(pairs)}
-        truth = {i: [" ".join(r) for r in references] for i, (_, references) in enumerate(pairs)}
-        bleu = Bleu(4).compute_score(truth, found, verbose=0)[0]
-        rouge_l = Rouge().compute_score(truth, found)[0]
-        cider = Cider().compute_score(truth, found)[0]
-        np.testing.assert_allclose(eval.bleu(pairs), bleu, atol=1e-12)
-        np.testing.assert_allclose(eval.rouge_l(pairs), rouge_l, atol=1e-12)
-        np.testing.assert_allclose(eval.cider(pairs), cider, atol=1e-12)
 
 
 def test_the_official_tokeniser_gives_the_measured_numbers_and_no_text_shifts_another():
@@ -363,25 +342,6 @@ def test_the_official_tokeniser_gives_the_measured_numbers_and_no_text_shifts_an
     texts = ["a\rb", "c\u2028d", "", "e\n\nf", "\x0b\x0c", "g\u2029", ""]
     assert eval.official_words(texts) == [["a", "b"], ["c", "d"], [], ["e", "f"], [], ["g"], []]
     assert eval.official_words(["", ""]) == [[], []]
-
-
-def test_bleu_counts_a_word_no_more_often_than_one_reference_has_it():
-    references = ["the cat is on the mat", "there is a cat on the mat"]        # as in the paper
-    found = scores(["the the the the the the the"], [references])
-    assert found["BLEU_1"] == pytest.approx(2 / 7, abs=1e-5)
-
-
-@pytest.mark.parametrize("references, penalty", [
-    (["a red circle above a square"], math.exp(1 - 6 / 3)),
-    (["a red circle above", "a red"], 1.0),
-    (["a red circle above", "x"], math.exp(1 - 4 / 3)),
-])
-def test_bleu_punishes_candidates_shorter_than_the_closest_reference(references, penalty):
-    assert scores(["a red circle"], [references])["BLEU_1"] == pytest.approx(penalty, abs=1e-5)
-
-
-def test_bleu_sums_over_the_corpus_and_is_no_mean_of_images():
-    assert scores(["a", "b c d"], [["a"], ["x y z"]])["BLEU_1"] == pytest.approx(1 / 4, abs=1e-5)
 
 
 @pytest.mark.parametrize("candidate, references, precision, recall", [
@@ -395,23 +355,16 @@ def test_rouge_takes_precision_and_recall_of_the_longest_common_subsequence(
     assert scores([candidate], [references])["ROUGE_L"] == pytest.approx(f_score, abs=1e-5)
 
 
-def cider(candidates, references):
-    """Of one reference per candidate."""
-    return scores(candidates, [[reference] for reference in references])["CIDEr"]
+def test_rouge_is_known_without_the_package_and_the_others_are_asked_for(monkeypatch, capsys):
+    for name in ("pycocoevalcap", "pycocoevalcap.bleu.bleu"):
+        monkeypatch.setitem(sys.modules, name, None)
+    tokenizer.notice.cache_clear()
+    assert scores(["a red square"], [["a blue square here"]]) == {"ROUGE_L": pytest.approx(
+        2.44 * 2 / 3 * 2 / 4 / (2 / 4 + 1.44 * 2 / 3), abs=1e-5)}
+    assert "CIDEr and BLEU need pip install pycocoevalcap" in capsys.readouterr().err
 
 
-def test_cider_of_rare_words_by_hand():
-    assert cider(["a b c d", "e f g h"], ["a b c d", "e f g h"]) == pytest.approx(10)
-    assert cider(["red", "blue"], ["red", "blue"]) == pytest.approx(10 / 4)    # 1 of 4 lengths
-    assert cider(["x", "x"], ["x", "x"]) == 0          # a word of every image weighs nothing
-    # Clipped: 1 x 1 / (3 sqrt(2)), not 3 x 1.
-    expected = 10 / (3 * math.sqrt(2)) / 4 * math.exp(-1 / 72) / 2
-    assert cider(["a a a", "e"], ["a b", "f"]) == pytest.approx(expected, abs=1e-5)
-    cosines = [math.sqrt(4 / 6), 3 / math.sqrt(15), 2 / math.sqrt(8), 1 / math.sqrt(3)]
-    expected = 10 * np.mean(cosines) * math.exp(-4 / 72) / 2
-    assert cider(["a b c d", "e"], ["a b c d i j", "f"]) == pytest.approx(expected, abs=1e-5)
-
-
+@needs_package
 def test_a_candidate_among_its_references_is_perfect():
     candidates = [f"a {w} shape left of {w} {w}" for w in ("red", "green", "blue")]
     found = scores(candidates, [[c.upper() + "."] for c in candidates])
@@ -434,7 +387,7 @@ def test_a_candidate_among_its_references_is_perfect():
 def test_empty_texts_and_single_images_give_finite_numbers(candidates, references):
     found = scores(candidates, references)
     if len(candidates) == 1:
-        assert found["CIDEr"] == 0
+        assert found.get("CIDEr", 0) == 0
     if candidates == [""] and references == [["a cat"]]:
         assert set(found.values()) == {0}
     if candidates == [""] and references == [[""]]:

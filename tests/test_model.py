@@ -1,4 +1,5 @@
 """Pix2Seq: decoding, sampling, sizes; checkpoints of ours; the device."""
+import copy
 import os
 import signal
 from dataclasses import replace
@@ -209,7 +210,36 @@ def test_shapes_of_a_cache_change_every_64_tokens(tiny_config):
     layer.self_att.register_forward_hook(lambda _, args, out: shapes.append(args[1].shape[3]))
     context = model.encode(torch.rand(1, 3, 32, 32))
     model.generate(context, torch.full((1, 5), 10), 130)
-    assert shapes == [64] * 60 + [128] * 64 + [192] * 6
+    assert shapes == [5] + [64] * 60 + [128] * 64 + [192] * 6
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_graph_of_kernels_writes_the_same_tokens(tiny_config, monkeypatch):
+    model = Device("cuda", "float32", "off").place(Pix2Seq(tiny_config)).eval()
+    context = model.encode(torch.rand(2, 3, 32, 32, device="cuda"))
+    prompts = torch.full((2, 3, 5), 10, device="cuda")
+
+    def write():
+        generator = torch.Generator("cuda").manual_seed(0)
+        return model.generate(context, prompts, 50, samples=2, end=7, generator=generator)
+
+    recorded = write()
+    monkeypatch.setattr(Device, "replayed", staticmethod(lambda work: work))
+    plain = write()
+    assert torch.equal(recorded.tokens, plain.tokens)
+    torch.testing.assert_close(recorded.probs, plain.probs)
+
+
+def test_weights_cast_for_good_predict_what_weights_cast_each_time_do(tiny_model):
+    device, images = Device("cpu", "bfloat16", "off"), torch.rand(2, 3, 32, 32)
+    tokens = torch.full((2, 5), 10)
+    with torch.no_grad(), device.autocast():
+        expected = tiny_model(images, tokens)
+        model = device.cast(copy.deepcopy(tiny_model))
+        found = model(images, tokens)
+    assert model.encoder.layers[0].mlp.fc1.weight.dtype == torch.bfloat16
+    assert model.encoder.layers[0].mlp.norm.weight.dtype == torch.float32
+    assert torch.equal(found, expected) and found.dtype == expected.dtype
 
 
 def test_a_suppressed_token_is_shown_as_another_but_read_as_written(tiny_model):
