@@ -28,7 +28,7 @@ from array import array
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
-from os.path import exists, isdir, isfile, relpath, splitext
+from os.path import exists, getmtime, isdir, isfile, relpath, splitext
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -1276,7 +1276,8 @@ class Coco(Source):
             self, json_path, image_dir, max_label=899, bad_boxes="error", task="det", known=()):
         self.json_path, self.image_dir, self.task = json_path, image_dir, task
         self.left_out, self.learned = Counter(), Counter()
-        truth, self.annotations = read_annotations(json_path)
+        check_file(json_path)
+        truth, self.annotations = read_annotations(json_path, getmtime(json_path))
         self.sizes = image_sizes(json_path, truth, image_dir)
         self.images = [{key: row[key] for key in IMAGE_KEYS} for row in truth["images"]]
         self.category = read_categories(json_path, truth["categories"], task, known, max_label)
@@ -1598,7 +1599,8 @@ def polygons_of(a, size):
     return [np.array(xy, np.float32).reshape(-1, 2)[:, ::-1] for xy in parts]
 
 
-def read_annotations(path):
+@lru_cache(maxsize=1)                                  # tasks that share a file read it once
+def read_annotations(path, time):
     """An annotation file -> the dict, and its annotations, Packed while it is read."""
     packed = Packed()
 

@@ -30,10 +30,12 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_map, tree_map_only
 
 from tokenizer import Fraction, NotNegative, Positive, UserError, between, check_choice, frozen
 
 GAMMA_MIN = 1e-9
+map_tensors = partial(tree_map_only, torch.Tensor)
 PRED_TYPES = ("x", "eps", "v", "x_sigmoid_xent", "x_softmax_xent")     # the reference's; "x" is x0
 SELF_CONDS = ("none", "x", "eps", "auto", "latent", "interface", "latent+interface")
 
@@ -384,18 +386,10 @@ def to_channels(x):
     return x.movedim(-1, 2).flatten(1, 2)
 
 
-def map_tensors(f, *states):
-    """f over tensors, or over tuples of them; None stays None."""
-    if isinstance(states[0], tuple):
-        return tuple(map(f, *states))
-    return None if states[0] is None else f(*states)
-
-
 def moving_average(past, new, decay):
-    """decay * past + (1 - decay) * new, of what map_tensors takes; no past counts as zeros."""
-    if past is None:
-        past = map_tensors(torch.zeros_like, new)
-    return map_tensors(lambda a, b: a * (1 - decay) + b * decay, new, past)
+    """decay * past + (1 - decay) * new, tensors or tuples of them; no past counts as zeros."""
+    scaled = map_tensors(lambda x: x * (1 - decay), new)
+    return scaled if past is None else tree_map(lambda a, b: a + b * decay, scaled, past)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -393,6 +393,7 @@ class Pix2Seq(nn.Module):
                 cache.select(rows // samples)           # samples of a prompt part here
         new, at = new[rows // samples, -1:], at[-1:]
 
+        @Device.replayed
         def write(new, at, uniform):
             """One token of each sequence, its log-probabilities."""
             x = self.decoder(new, context, caches, at)[:, -1]               # (S, D)
@@ -406,7 +407,6 @@ class Pix2Seq(nn.Module):
             prob = logprob.gather(1, shown[:, None])[:, 0].exp()
             return token, shown, prob, logprob[:, return_logprobs]
 
-        write = Device.replayed(write)
         for t in range(length):
             for cache in caches:                        # attention masks what is to come
                 cache.room = 64 * math.ceil((P + (length if context.is_cuda else t)) / 64)
@@ -1961,6 +1961,11 @@ class Device:
         if self.world > 1:
             dist.all_gather_object(lists, items)
         return lists
+
+    def number(self, x):
+        """One that changes from step to step. To XLA numbers are inputs of a step, equal ones are
+        the same input, and it compiles anew when two meet; but not a tensor of one."""
+        return torch.tensor([x], device=self.device) if self.type == "xla" else x
 
     def seed(self, number):
         """Begins the random numbers of a step."""

@@ -731,7 +731,8 @@ def show_predictions(model, c, tasks, options, generator):
     names = {category["id"]: category["name"] for category in c.categories}
     new_stem = partial(free_stem, options.out, set(map(real, options.images)))
     pictures, report = [], []
-    for name, record in each_input(options, read_photo, c, report):
+    for name, record in each_input(
+            options, lambda path: {"image": data.load_image(path)}, c, report):
         objects = [read_box(text, c) for text in options.boxes] or None
         if asks:
             objects = true_objects(record, c.categories)
@@ -760,10 +761,6 @@ def show_predictions(model, c, tasks, options, generator):
     return report
 
 
-def read_photo(path):
-    return {"image": data.load_image(path)}
-
-
 def read_box(text, c):
     """X,Y,W,H,NAME -> an object. UserError, naming the classes, if it is none."""
     *numbers, name = text.split(",")
@@ -787,7 +784,8 @@ def show_samples(model, c, tasks, options, generator):
     records, rows = list(sample_records(c, options.count or 64)), 0
     taken = {real(options.complete)}
     if options.complete:
-        rows = half_of_groups(c.model)
+        side = c.model.fit_patch or 1                  # of its groups those in the upper half
+        rows = c.model.sample_size[0] // 2 // side * side
         pixels = data.fit_image(options.complete, c.model.sample_size)
         if c.data.image_channels == 1:
             pixels = pixels.mean(-1, keepdims=True).astype(np.uint8)
@@ -821,12 +819,6 @@ def show_samples(model, c, tasks, options, generator):
         "classes": [names[record["label"]] for record in records] if names else None,
         **asdict(c.sampling),
     }
-
-
-def half_of_groups(m):
-    """The rows of an ImageAR's groups that lie in the upper half of an image."""
-    side = m.fit_patch or 1
-    return m.sample_size[0] // 2 // side * side
 
 
 def sample_records(c, count):

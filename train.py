@@ -186,7 +186,7 @@ def train(c):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.optim.clip_norm or math.inf)
         losses = device.sum(losses)
         device.step(optimizer)
-        average.update(model, step)
+        average.update(model, step, device)
         device.sync()
         log.step(step + 1, losses, lr, norm, parts)
 
@@ -417,7 +417,6 @@ def make_optimizer(named_parameters, o, fused=False):
     """AdamW with decoupled decay, LAMB or Muon. Without decay go the parameters whose name matches
     no_decay. The reference does not clip the gradient for LAMB; here clip_norm holds for all."""
     makers = {"adamw": torch.optim.AdamW, "lamb": LAMB, "muon": Muon}
-    tokenizer.check_choice(o.optimizer, makers, "optimizer")
     groups = {}                                        # by what they have in common
     for name, p in named_parameters:
         if p.requires_grad:
@@ -441,13 +440,12 @@ class LAMB(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self):
-        rates, before = [], []
+        lr, before = self.param_groups[0]["lr"], []    # the same in all
         for group in self.param_groups:
-            rates.append(group["lr"])
             before.append([p.clone() for p in group["params"]])
             group["lr"] = 1.0
         super().step()
-        for group, lr, old in zip(self.param_groups, rates, before):
+        for group, old in zip(self.param_groups, before):
             group["lr"], params, n = lr, group["params"], group["variables"]
             changes = torch._foreach_sub(params, old)
             if n:
@@ -512,11 +510,11 @@ class Average:
         self.model = copy.deepcopy(model).eval() if decay else model
 
     @torch.no_grad()
-    def update(self, model, step):
+    def update(self, model, step, device):
         if self.decay:
-            weight = 1 - min(self.decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(
-                list(self.model.parameters()), list(model.parameters()), weight)
+            weight = device.number(1 - min(self.decay, (1 + step) / (10 + step)))
+            ours, theirs = list(self.model.parameters()), list(model.parameters())
+            torch._foreach_lerp_(ours, theirs, [weight] * len(ours))
             for ours, theirs in zip(self.model.buffers(), model.buffers()):
                 ours.copy_(theirs)
 

@@ -52,6 +52,18 @@ def write_coco(folder, edit=lambda truth: None, sizes=((20, 30), (25, 25), (40, 
     return str(folder / "truth.json"), str(folder / "images")
 
 
+def test_tasks_that_share_a_file_read_it_once_and_again_when_it_has_changed(tmp_path, monkeypatch):
+    path, images = write_coco(tmp_path)
+    read, read_bytes = [], data.read_bytes
+    monkeypatch.setattr(data, "read_bytes", lambda path: read.append(path) or read_bytes(path))
+    first = data.Coco(path, images, task="det")
+    second = data.Coco(path, images, task="seg", bad_boxes="drop")
+    assert read == [path] and first.annotations is second.annotations
+    write_coco(tmp_path, lambda truth: truth["annotations"].pop())
+    os.utime(path, (1, 1))
+    assert len(data.Coco(path, images).annotations) == 2 and read == [path] * 2
+
+
 # shapes
 
 
