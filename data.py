@@ -2214,20 +2214,44 @@ def save_film(pictures, stem):
     return path
 
 
+def check_dataset(json_path, image_dir):
+    """Prints what a dataset in COCO's format holds, and draws sixteen of its images: check.png."""
+    import sample
+
+    source = Coco(json_path, image_dir, bad_boxes="drop")
+    c = sample.Config(categories=source.categories)
+    sizes, boxes = list(source.sizes.values()), np.diff(source.starts)
+    pictures = []
+    for i in np.random.default_rng(0).permutation(len(source))[:16]:
+        record = source[i]
+        said = {"objects": sample.true_objects(record, source.categories)}
+        pictures.append(ImageOps.contain(sample.draw(record["image"], said, c), (384, 384)))
+    tile(pictures).save("check.png")
+    print(json.dumps(source.summary(c), indent=1))
+    print(
+        f"{np.min(sizes, 0)} to {np.max(sizes, 0)} pixels high and wide; {min(boxes)} to "
+        f"{max(boxes)} boxes, {boxes.mean():.1f} on average; some are drawn in check.png")
+
+
 @tokenizer.script
 def main():
     parser = argparse.ArgumentParser(
-        usage="data.py --export=DIR [--OPTION=VALUE ...]", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        usage="data.py --check JSON FOLDER | --export=DIR [--OPTION=VALUE ...]",
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--export", required=True, help="folder for shapes in COCO's layout")
+    add("--check", nargs=2, metavar=("JSON", "FOLDER"),
+        help="boxes in COCO's format, and their images, to look at")
+    add("--export", help="folder for shapes in COCO's layout")
     add("--count", type=int, default=1000, help="training scenes to export, with 500 held-out ones")
     add("--size", type=int, default=64, help="side of a scene or clip in pixels")
     add("--seed", type=int, default=0, help="dataset seed")
     add("--format", choices=["jpg", "png"], default="jpg", help="of the exported images")
     args = parser.parse_args()
-    if args.count < 1 or args.size < 16 or args.seed < 0:
-        parser.error("expected --count of at least 1, --size of 16, --seed of 0")
+    if args.check:
+        return check_dataset(*args.check)
+    if not args.export or args.count < 1 or args.size < 16 or args.seed < 0:
+        parser.error(
+            "expected --check, or --export, --count of at least 1, --size of 16, --seed of 0")
     if exists(f"{args.export}/annotations"):
         raise UserError(f"{args.export}: holds annotations, expected a new folder")
     export_shapes(args.export, args.count, args.size, args.seed, args.format)

@@ -15,7 +15,6 @@ Left out: test sets without labels; precision and recall of samples.
 """
 import contextlib
 import hashlib
-import importlib.util
 import io
 import json
 import math
@@ -166,7 +165,7 @@ def score_captions(predictions, source, c, device):
         references.setdefault(annotation["image_id"], []).append(annotation["caption"].strip())
     written = {i: p["caption"] for i, p in predictions.items() if i in references}
     if not written:
-        return {"ROUGE_L": -1.0, "exact": -1.0}        # nothing to find
+        return {"exact": -1.0}                         # nothing to find
     scores = caption_scores(written, references)
     exact = sum(text in references[i] for i, text in written.items()) / len(written)
     return scores | {"exact": round(exact, 5), "images": len(written)}
@@ -575,7 +574,7 @@ def average_precision(truth, results, image_ids, task="det"):
 
 
 # --------------------------------------------------------------------------------------------------
-# captions: words in common with what people wrote
+# captions: words in common with what people wrote, by pycocoevalcap
 
 BRACKETS = dict(zip("()[]{}", "-lrb- -rrb- -lsb- -rsb- -lcb- -rcb-".split()))
 WORD = re.compile(r"""
@@ -607,64 +606,37 @@ def official_words(texts):
     return [lines[i][0].split() for i in numbered]
 
 
-def rouge_l(pairs, beta=1.2):
-    """Mean over images of the F score of the longest common subsequence (Lin, ACL 2004); precision
-    and recall may come from different references."""
-    scores = []
-    for candidate, references in pairs:
-        # As in pycocoevalcap, no text is one empty word.
-        a, *others = (words or [""] for words in (candidate, *references))
-        precision = recall = 0.0
-        for b in others:
-            common = common_subsequence(a, b)
-            precision = max(precision, common / len(a))
-            recall = max(recall, common / len(b))
-        mixed = recall + beta ** 2 * precision
-        scores.append((1 + beta ** 2) * precision * recall / mixed if precision else 0.0)
-    return np.mean(scores)
-
-
-def common_subsequence(a, b):
-    """Length of the longest common subsequence of two lists."""
-    row = [0] * (len(b) + 1)                           # longest for a up to here and b[:j]
-    for word in a:
-        corner = 0
-        for j, other in enumerate(b, 1):
-            longer = corner + 1 if word == other else max(row[j], row[j - 1])
-            corner, row[j] = row[j], longer
-    return row[-1]
-
-
 def caption_scores(candidates, references):
-    """{image_id: str}, {image_id: [str, ...]} -> {name: number} of the corpus.
+    """{image_id: str}, {image_id: [str, ...]} -> {name: number} of the corpus, by the package
+    pycocoevalcap; nothing without it.
 
-    Candidates decide which images count, also in CIDEr's weights. CIDEr and BLEU need the package
-    pycocoevalcap. Words come from its Java tokeniser, on which published numbers rest ("words":
-    "ptb"), where that and Java are found, else from `caption_words` ("own"). UserError names an
-    image without references.
+    Candidates decide which images count, also in CIDEr's weights. Words come from its Java
+    tokeniser, on which published numbers rest ("words": "ptb"), where Java is found, else from
+    `caption_words` ("own"). UserError names an image without references.
     """
     if not candidates:
         raise UserError("no captions to score")
     for image_id in candidates:
         if not references.get(image_id):
             raise UserError(f"image {image_id} has a caption to score, but no references")
-    official = importlib.util.find_spec("pycocoevalcap") and shutil.which("java")
-    texts = [text for i, candidate in candidates.items() for text in (candidate, *references[i])]
-    words = iter(official_words(texts) if official else map(caption_words, texts))
-    pairs = [(next(words), [next(words) for _ in references[i]]) for i in candidates]
-    scores = {"ROUGE_L": rouge_l(pairs)}
     try:
         from pycocoevalcap.bleu.bleu import Bleu
         from pycocoevalcap.cider.cider import Cider
+        from pycocoevalcap.rouge.rouge import Rouge
     except ImportError:
-        tokenizer.notice("CIDEr and BLEU need pip install pycocoevalcap")
-    else:
-        found = {n: [" ".join(words)] for n, (words, _) in enumerate(pairs)}
-        truth = {n: [" ".join(words) for words in known] for n, (_, known) in enumerate(pairs)}
-        if any(map(any, truth.values())):              # they fail where there is no word at all
-            scores["CIDEr"], _ = Cider().compute_score(truth, found)
-            bleu, _ = Bleu(4).compute_score(truth, found, verbose=0)
-            scores |= {f"BLEU_{n}": score for n, score in enumerate(bleu, 1)}
+        tokenizer.notice("ROUGE, CIDEr and BLEU need pip install pycocoevalcap")
+        return {}
+    official = shutil.which("java")
+    texts = [text for i, candidate in candidates.items() for text in (candidate, *references[i])]
+    words = map(" ".join, official_words(texts) if official else map(caption_words, texts))
+    found, truth = {}, {}
+    for i in candidates:
+        found[i], truth[i] = [next(words)], [next(words) for _ in references[i]]
+    scores = {"ROUGE_L": Rouge().compute_score(truth, found)[0]}
+    if any(map(any, truth.values())):                  # these fail where there is no word at all
+        scores["CIDEr"], _ = Cider().compute_score(truth, found)
+        bleu, _ = Bleu(4).compute_score(truth, found, verbose=0)
+        scores |= {f"BLEU_{n}": score for n, score in enumerate(bleu, 1)}
     return {name: round(float(score), 5) for name, score in scores.items()} | {
         "words": "ptb" if official else "own"}
 

@@ -554,7 +554,8 @@ def save_run(name, c, device, step, best, model, average, optimizer=None):
 
 def resume(c, device, model, average, optimizer):
     """Goes on from the run's last.pt if there is one. Returns (step, best score). UserError,
-    naming what differs, if it is of another run: only `sampling` and `run` may change."""
+    naming what differs, if it is of another run: only `sampling` and `run` may change, and `steps`
+    grow."""
     path = f"{c.run.out}/last.pt"
     if not os.path.exists(path):
         return 0, -math.inf
@@ -564,6 +565,11 @@ def resume(c, device, model, average, optimizer):
         raise UserError(
             f"{e}; --fresh starts again, --init_from={c.run.out}/best.pt from its weights") from e
     then, now = facts(saved["config"]), facts(asdict(c))
+    if now["steps"] > then["steps"]:
+        device.say(
+            f"{path} is of a run of {then['steps']} steps: the learning rate goes on as if it had "
+            f"been one of {now['steps']}")
+        then["steps"] = now["steps"]
     changed = [f"{key}: {then.get(key)} there, {value} here"
                for key, value in now.items() if then.get(key) != value]
     if changed:
@@ -575,6 +581,8 @@ def resume(c, device, model, average, optimizer):
         device.scaler.load_state_dict(scaler)
     if average.decay:
         load_weights(average.model, saved["ema"])
+    if saved["step"] == c.optim.steps:
+        device.say(f"{path} is finished: --steps with a larger number goes on")
     return saved["step"], saved["best"]
 
 

@@ -303,8 +303,8 @@ def scores(candidates, references):
 @functools.cache
 def has_library():
     try:
-        return caption_scores({1: "a"}, {1: ["a"]})["words"] == "ptb"
-    except (OSError, RuntimeError):
+        return caption_scores({1: "a"}, {1: ["a"]}).get("words") == "ptb"
+    except OSError:
         return False
 
 
@@ -344,24 +344,11 @@ def test_the_official_tokeniser_gives_the_measured_numbers_and_no_text_shifts_an
     assert eval.official_words(["", ""]) == [[], []]
 
 
-@pytest.mark.parametrize("candidate, references, precision, recall", [
-    ("a red square", ["a blue square here"], 2 / 3, 2 / 4),
-    ("a b c d", ["c d a b"], 0.5, 0.5),
-    ("a b", ["a", "a b c d"], 1.0, 1.0),               # of two references
-])
-def test_rouge_takes_precision_and_recall_of_the_longest_common_subsequence(
-        candidate, references, precision, recall):
-    f_score = 2.44 * precision * recall / (recall + 1.44 * precision)
-    assert scores([candidate], [references])["ROUGE_L"] == pytest.approx(f_score, abs=1e-5)
-
-
-def test_rouge_is_known_without_the_package_and_the_others_are_asked_for(monkeypatch, capsys):
-    for name in ("pycocoevalcap", "pycocoevalcap.bleu.bleu"):
-        monkeypatch.setitem(sys.modules, name, None)
+def test_without_the_package_it_is_asked_for(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.bleu.bleu", None)
     tokenizer.notice.cache_clear()
-    assert scores(["a red square"], [["a blue square here"]]) == {"ROUGE_L": pytest.approx(
-        2.44 * 2 / 3 * 2 / 4 / (2 / 4 + 1.44 * 2 / 3), abs=1e-5)}
-    assert "CIDEr and BLEU need pip install pycocoevalcap" in capsys.readouterr().err
+    assert caption_scores({1: "a"}, {1: ["a"]}) == {}
+    assert "ROUGE, CIDEr and BLEU need pip install pycocoevalcap" in capsys.readouterr().err
 
 
 @needs_package
@@ -375,6 +362,7 @@ def test_a_candidate_among_its_references_is_perfect():
     assert others["CIDEr"] < 1 and others["BLEU_4"] < 0.5
 
 
+@needs_package
 @pytest.mark.parametrize("candidates, references", [
     ([""], [["a cat"]]),
     (["a cat"], [[""]]),
@@ -394,6 +382,7 @@ def test_empty_texts_and_single_images_give_finite_numbers(candidates, reference
         assert found["ROUGE_L"] == 1                   # as in pycocoevalcap: both lack words
 
 
+@needs_package
 def test_references_of_images_without_candidate_change_nothing():
     few = {i: CANDIDATES[i] for i in (1, 3)}
     assert own_scores(few, REFERENCES) == own_scores(few, {i: REFERENCES[i] for i in few})
@@ -410,16 +399,18 @@ def test_nothing_to_score_is_an_error():
         caption_scores({}, {1: ["a"]})
 
 
-@pytest.mark.parametrize("module, function", [("shutil", "which"), ("importlib.util", "find_spec")])
-def test_without_java_or_the_package_the_words_are_our_own(monkeypatch, module, function):
-    monkeypatch.setattr(f"eval.{module}.{function}", lambda name: None)
+@needs_package
+def test_without_java_the_words_are_our_own(monkeypatch):
+    monkeypatch.setattr("eval.shutil.which", lambda name: None)
     assert caption_scores({1: "a"}, {1: ["a"]})["words"] == "own"
 
 
+@needs_package
 def test_the_first_number_is_rouge_which_chooses_the_best_checkpoint():
     assert next(iter(own_scores(CANDIDATES, REFERENCES))) == "ROUGE_L"
 
 
+@needs_package
 def test_scores_can_be_written_as_json():
     json.dumps(own_scores(CANDIDATES, REFERENCES))
 

@@ -145,6 +145,27 @@ def test_exported_shapes_load_back_to_the_same_examples(tmp_path, image_format):
             assert difference.max() == 0 if image_format == "png" else difference.mean() < 6
 
 
+def test_a_dataset_is_looked_at_before_training(tmp_path):
+    def edit(truth):
+        truth["annotations"][1]["bbox"] = [1, 2, 0, 6]
+        truth["annotations"].append(truth["annotations"][2] | {"id": 4, "bbox": [0, 0, 9, 9]})
+
+    path, images = write_coco(tmp_path, edit)
+    done = run("data.py", "--check", path, images, cwd=str(tmp_path))
+    counts, last = done.stdout.rsplit("\n", 2)[:2]
+    assert json.loads(counts) == {
+        "images": 3, "learned": {"cat": 3}, "left out": {data.BAD_BOXES: 1}}
+    assert last == (
+        "[20 10] to [40 30] pixels high and wide; 0 to 2 boxes, 1.0 on average; some are drawn in "
+        "check.png")
+    assert f"left out: 1 {data.BAD_BOXES}" in done.stderr
+    with Image.open(tmp_path / "check.png") as picture:
+        assert picture.width > 3 * 300 and np.ptp(np.asarray(picture)) > 200
+    done = run("data.py", "--check", path, str(tmp_path / "none"), check=False)
+    assert done.returncode == 1 and "none: no such folder" in done.stderr
+    assert run("data.py", check=False).returncode == 2
+
+
 # coco
 
 

@@ -301,8 +301,23 @@ def test_a_finished_run_only_says_its_result_again(finished):
     before = losses(finished[0])
     output = run("train.py", *SMALL, f"--out={finished[0]}").stdout
     assert "det: AP" in output and losses(finished[0]) == before
+    assert "is finished: --steps with a larger number goes on" in output
     steps = [entry["step"] for entry in logged(finished[0]) if "det_AP" in entry]
     assert steps == [6], "its evaluation stands in the log once"
+
+
+def test_a_finished_run_goes_on_with_more_steps_and_not_with_fewer(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    output = run("train.py", *SMALL, "--steps=8", f"--out={tmp_path}/run").stdout
+    assert "of 6 steps: the learning rate goes on as if it had been one of 8" in output
+    assert load(f"{tmp_path}/run/last.pt")["step"] == 8
+    kept = losses(tmp_path / "run")
+    assert kept.items() > losses(finished[0]).items() and len(kept) == 8
+    rates = [entry["lr"] for entry in logged(tmp_path / "run") if "lr" in entry]
+    recipe = OptimConfig(**load(f"{tmp_path}/run/last.pt")["config"]["optim"])
+    assert recipe.steps == 8 and rates[6:] == [train.learning_rate(n, recipe) for n in (6, 7)]
+    done = run("train.py", *SMALL, f"--out={tmp_path}/run", check=False)
+    assert done.returncode == 1 and "steps: 8 there, 6 here" in done.stderr
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
