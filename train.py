@@ -576,13 +576,16 @@ def resume(c, device, model, average, optimizer):
         raise UserError(
             f"{path} is of another run ({'; '.join(changed)}): expected another --out, or --fresh")
     load_weights(model, saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
+    try:
+        optimizer.load_state_dict(saved["optimizer"])
+    except KeyError as e:
+        raise UserError(
+            f"{path}: was begun with another version of {c.optim.optimizer}, which kept no {e}: "
+            f"--init_from={c.run.out}/best.pt starts from its weights") from e
     if scaler := saved.get("scaler"):
         device.scaler.load_state_dict(scaler)
     if average.decay:
         load_weights(average.model, saved["ema"])
-    if saved["step"] == c.optim.steps:
-        device.say(f"{path} is finished: --steps with a larger number goes on")
     return saved["step"], saved["best"]
 
 
@@ -648,7 +651,7 @@ class Log:
         device.say(
             f"{c.run.out}: {count_parameters(model):,} parameters, {c.optim.steps} steps of "
             f"{sum(batch_sizes(c).values())} images, on {device.world} x {device.name}"
-            + (f", going on from step {start}" if start else ""))
+            + (f", going on from step {start}; a larger --steps goes further" if start else ""))
         self.bar = tqdm(
             total=c.optim.steps, initial=start, disable=device.quiet, dynamic_ncols=True)
         if not device.first:

@@ -1,8 +1,10 @@
 """Predictions, pictures and metrics of detection, masks, keypoints and captions."""
+import ast
 import copy
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -272,6 +274,46 @@ def test_sample_predicts_for_photos_of_any_size(checkpoint, tmp_path):
             assert 0 <= x <= x + w <= r["width"] + 1e-3 and o["name"]
             assert 0 <= y <= y + h <= r["height"] + 1e-3
     assert os.path.exists(tmp_path / "samples/all.png")
+
+
+def python_of_readme(word, checkpoint):
+    """The block of README's Python that has this word, about a checkpoint."""
+    with open(f"{ROOT}/README.md") as f:
+        blocks = re.findall("```python\n(.*?)```", f.read(), re.S)
+    [block] = [text for text in blocks if word in text]
+    return block.replace("out/det_shapes/best.pt", checkpoint)
+
+
+def test_readme_detects_from_python(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (50, 40), "green").save("photo.jpg")
+    code, asked = python_of_readme("predict", checkpoint), []
+
+    def everywhere(views, tokens, logprobs, c):
+        asked.append(tokens.shape)
+        return [sample.as_objects([[0, 0, v.height, v.width]], [1], [0.5], c.categories)
+                for v in views]
+
+    exec(code, {})
+    monkeypatch.setattr(sample, "read_objects", everywhere)
+    exec(code, {})
+    first, second = map(ast.literal_eval, capsys.readouterr().out.splitlines())
+    assert type(first) is list and asked == [(1, 5 * configuration().data.max_objects)]
+    assert second == [{"category_id": 1, "bbox": [0, 0, 64, 51], "score": 0.5}]
+
+
+def test_what_readme_exports_writes_the_same_tokens(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen = {}
+    exec(python_of_readme("torch.export", checkpoint), seen)
+    encode, step = (torch.export.load(f"{name}.pt2").module() for name in ("encode", "step"))
+    image = torch.rand(1, 3, *seen["c"].model.image_size)
+    tokens = prompt = torch.full((1, 1), 10)
+    for _ in range(12):
+        tokens = torch.cat([tokens, step(tokens, encode(image)).argmax(1, keepdim=True)], 1)
+    model = seen["model"]
+    expected = model.generate(model.encode(image), prompt, 12, temperature=0).tokens[0]
+    assert torch.equal(tokens[:, 1:], expected)
 
 
 def test_sample_takes_held_out_images_and_repeats_itself(checkpoint, tmp_path):

@@ -301,9 +301,19 @@ def test_a_finished_run_only_says_its_result_again(finished):
     before = losses(finished[0])
     output = run("train.py", *SMALL, f"--out={finished[0]}").stdout
     assert "det: AP" in output and losses(finished[0]) == before
-    assert "is finished: --steps with a larger number goes on" in output
+    assert "going on from step 6; a larger --steps goes further" in output
     steps = [entry["step"] for entry in logged(finished[0]) if "det_AP" in entry]
     assert steps == [6], "its evaluation stands in the log once"
+
+
+def test_a_run_of_an_earlier_muon_is_refused_by_name(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    content = load(f"{tmp_path}/run/last.pt")
+    for state in content["optimizer"]["state"].values():
+        state["first"] = state.pop("step")
+    save(f"{tmp_path}/run/last.pt", content)
+    done = run("train.py", *SMALL, f"--out={tmp_path}/run", check=False)
+    assert done.returncode == 1 and "which kept no 'step': --init_from=" in done.stderr
 
 
 def test_a_finished_run_goes_on_with_more_steps_and_not_with_fewer(finished, tmp_path):
