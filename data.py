@@ -1179,13 +1179,13 @@ def moving(shape, turn, speed, times, low, high):
     return [replace(shape, y=y, x=x) for y, x in path]
 
 
-def export_shapes(folder, count, size, seed, image_format):
+def export_shapes(folder, count, size, image_format):
     """Write `count` training scenes and 500 held-out ones in COCO's layout."""
     os.makedirs(f"{folder}/annotations", exist_ok=True)
     for split in SPLITS:
         os.makedirs(f"{folder}/{split}2017", exist_ok=True)
         number = count if split == "train" else min(count, 500)
-        source = Shapes(split, size, seed=seed, count=number)
+        source = Shapes(split, size, count=number)
         for task, (kind, _) in COCO_FILES.items():
             with open(f"{folder}/annotations/{kind}_{split}2017.json", "w") as f:
                 json.dump(source.truth(task, image_format), f)
@@ -2236,7 +2236,6 @@ def check_dataset(json_path, image_dir):
 @tokenizer.script
 def main():
     parser = argparse.ArgumentParser(
-        usage="data.py --check JSON FOLDER | --export=DIR [--OPTION=VALUE ...]",
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--check", nargs=2, metavar=("JSON", "FOLDER"),
@@ -2244,17 +2243,15 @@ def main():
     add("--export", help="folder for shapes in COCO's layout")
     add("--count", type=int, default=1000, help="training scenes to export, with 500 held-out ones")
     add("--size", type=int, default=64, help="side of a scene or clip in pixels")
-    add("--seed", type=int, default=0, help="dataset seed")
     add("--format", choices=["jpg", "png"], default="jpg", help="of the exported images")
     args = parser.parse_args()
     if args.check:
         return check_dataset(*args.check)
-    if not args.export or args.count < 1 or args.size < 16 or args.seed < 0:
-        parser.error(
-            "expected --check, or --export, --count of at least 1, --size of 16, --seed of 0")
+    if not args.export or args.count < 1 or args.size < 16:
+        parser.error("expected --check, or --export, --count of at least 1 and --size of 16")
     if exists(f"{args.export}/annotations"):
         raise UserError(f"{args.export}: holds annotations, expected a new folder")
-    export_shapes(args.export, args.count, args.size, args.seed, args.format)
+    export_shapes(args.export, args.count, args.size, args.format)
     print(f"wrote {args.export}; next: python train.py --data=coco --data_dir={args.export}")
 
 

@@ -556,7 +556,7 @@ KEYPOINT_SIGMA = 0.089             # of keypoints COCO does not know: as strict 
 
 def average_precision(truth, results, image_ids, task="det"):
     """COCO truth and results (list of {image_id, category_id, score, and bbox, segmentation or
-    keypoints}) -> the numbers of COCO's metric, by name."""
+    keypoints}) -> the numbers of COCO's metric, by name, and the AP of each category."""
     kind, names, *_ = COCO_TASKS[task]
     with contextlib.redirect_stdout(io.StringIO()):    # pycocotools prints what it does
         coco = COCO()
@@ -570,7 +570,11 @@ def average_precision(truth, results, image_ids, task="det"):
         run.evaluate()
         run.accumulate()
         run.summarize()
-    return {name: round(float(value), 5) for name, value in zip(names, run.stats)}
+    names = *names, *(
+        f"AP_{row['name'].replace(' ', '_')}" for row in coco.loadCats(run.params.catIds))
+    # (thresholds, recalls, categories, areas, most detections); -1 where the truth has none.
+    values = *run.stats, *run.eval["precision"][..., 0, -1].mean((0, 1))
+    return {name: round(float(value), 5) for name, value in zip(names, values)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -653,8 +657,7 @@ def feature_statistics(features):
     if len(features) < 2:
         raise UserError(f"statistics of features need at least 2 images, got {len(features)}")
     features = np.asarray(features, np.float64)
-    centered = features - features.mean(0)
-    return features.mean(0), centered.T @ centered / (len(features) - 1)
+    return features.mean(0), np.atleast_2d(np.cov(features.T))
 
 
 def frechet_distance(mean_a, cov_a, mean_b, cov_b):

@@ -145,8 +145,24 @@ def test_perfect_results_score_one_and_wrong_classes_nothing():
     assert eval.average_precision(truth, few, [first])["AP"] == 1
 
 
+def test_each_category_has_its_own_average_precision():
+    truth, ids = data.Shapes("val", count=20).truth(), range(1, 21)
+    names = {row["id"]: row["name"] for row in truth["categories"]}
+    keys = ("image_id", "category_id", "bbox")
+    results = [
+        {key: a[key] for key in keys} | {"score": 0.9} for a in truth["annotations"]
+        if names[a["category_id"]] != "circle"]
+    truth["categories"].append({"id": 99, "name": "nowhere at all"})
+    scores = eval.average_precision(truth, results, ids)
+    of_each = {names[i]: scores[f"AP_{names[i]}"] for i in names}
+    assert of_each == dict.fromkeys(names.values(), 1) | {"circle": 0}
+    assert scores["AP_nowhere_at_all"] == -1
+    assert scores["AP"] == pytest.approx(np.mean(list(of_each.values())), abs=1e-5)
+    assert list(scores)[:12] == eval.BOX_METRICS and len(scores) == 12 + len(names) + 1
+
+
 def test_an_unreadable_image_is_left_out_of_the_evaluation(tmp_path, model, capsys):
-    data.export_shapes(str(tmp_path), 3, 64, 0, "png")
+    data.export_shapes(str(tmp_path), 3, 64, "png")
     images = tmp_path / "val2017"
     (images / "000000000002.png").write_bytes(b"no image")
     c = configuration(data="coco", data_dir=str(tmp_path))
@@ -162,7 +178,7 @@ def test_an_unreadable_image_is_left_out_of_the_evaluation(tmp_path, model, caps
 
 def test_odd_annotations_pass_through_every_task(tmp_path, model):
     """Crowds, several polygons per object, people without keypoints, images without objects."""
-    data.export_shapes(str(tmp_path), 6, 64, 0, "png")
+    data.export_shapes(str(tmp_path), 6, 64, "png")
     crowd = {
         "id": 10_000,
         "image_id": 4,
@@ -200,7 +216,7 @@ def test_odd_annotations_pass_through_every_task(tmp_path, model):
 
 
 def test_ids_such_as_0_and_9001_come_back_in_the_results(tmp_path, model):
-    data.export_shapes(str(tmp_path), 3, 64, 0, "png")
+    data.export_shapes(str(tmp_path), 3, 64, "png")
     path = tmp_path / "annotations/instances_val2017.json"
     new = {1: 0, 2: 7, 3: 9001, 4: 12}
     truth = json.loads(path.read_text())

@@ -137,7 +137,7 @@ def test_every_preset_shrunk_takes_a_step_and_evaluates(name, tmp_path):
         max_points=12, seg_samples=1, caption_length=20, val_count=2, device="cpu",
         out=str(tmp_path / "run"), eval_images=0)
     if c.data.data == "coco":
-        data.export_shapes(str(tmp_path), 4, 64, 0, "jpg")
+        data.export_shapes(str(tmp_path), 4, 64, "jpg")
         options["data_dir"] = str(tmp_path)
     metrics = train.train(changed(replace(c, model=shrunk), **options))
     assert set(metrics) == set(c.data.tasks)
@@ -460,7 +460,7 @@ def test_a_process_beside_the_first_ends_well_where_the_target_is_reached(tmp_pa
 
 
 def test_two_swapped_class_names_are_not_the_same_run(tmp_path):
-    data.export_shapes(str(tmp_path), 6, 64, 0, "jpg")
+    data.export_shapes(str(tmp_path), 6, 64, "jpg")
     c = small_config(tmp_path / "run", data="coco", data_dir=str(tmp_path), steps=1)
     train.train(c)
     for split in ("train", "val"):
@@ -515,7 +515,7 @@ def test_two_processes_give_the_result_of_one(tmp_path):
 
 
 def test_a_finetune_to_other_classes_is_refused_until_adapt_says_it_is_meant(finished, tmp_path):
-    data.export_shapes(str(tmp_path), 6, 64, 0, "jpg")
+    data.export_shapes(str(tmp_path), 6, 64, "jpg")
     new = {1: (0, "circle"), 2: (7, "box"), 3: (9001, "wedge"), 4: (12, "person")}
     for split in ("train", "val"):
         path = tmp_path / f"annotations/instances_{split}2017.json"
@@ -663,7 +663,7 @@ def test_data_that_is_not_there_is_an_error_without_a_traceback(tmp_path):
 
 @pytest.mark.parametrize("text, words", [(None, "no such file"), ("{half", "not JSON")])
 def test_wrong_validation_files_are_an_error_before_the_first_step(text, words, tmp_path):
-    data.export_shapes(str(tmp_path), 4, 64, 0, "jpg")
+    data.export_shapes(str(tmp_path), 4, 64, "jpg")
     path = tmp_path / "annotations/instances_val2017.json"
     os.remove(path)
     if text:
