@@ -455,8 +455,7 @@ class LAMB(torch.optim.AdamW):
                 lengths = torch.stack(torch._foreach_norm(steps))
                 scales = torch.where((norms > 0) & (lengths > 0), norms / lengths, 1.0)
                 torch._foreach_mul_(steps, scales.unbind())
-            torch._foreach_mul_(changes, lr)
-            torch._foreach_copy_(params, torch._foreach_add(old, changes))
+            torch._foreach_copy_(params, torch._foreach_add(old, changes, alpha=lr))
 
 
 class Muon(torch.optim.AdamW):
@@ -1507,6 +1506,7 @@ def bench(c):
     device.cast(model.eval())
     with torch.no_grad(), device.autocast():
         BENCH[c.data.tasks[0]](model, c, device, measure)
+    forward = model                                    # DDP does not know the cast
     with FlopCounterMode(display=False) as flops:      # last, as it ends what compile did
         backward()
     speed = flops.get_total_flops() / seconds
