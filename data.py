@@ -1601,7 +1601,8 @@ def polygons_of(a, size):
 
 @lru_cache(maxsize=1)                                  # tasks that share a file read it once
 def read_annotations(path, time):
-    """An annotation file -> the dict, and its annotations, Packed while it is read."""
+    """An annotation file -> the dict, and its annotations, Packed while it is read. time: when the
+    file was last written, as a file that has changed is read again."""
     packed = Packed()
 
     def pack(row):
@@ -2215,7 +2216,8 @@ def save_film(pictures, stem):
 
 
 def check_dataset(json_path, image_dir):
-    """Prints what a dataset in COCO's format holds, and draws sixteen of its images: check.png."""
+    """Prints what a dataset in COCO's format holds, and draws sixteen of its images beside it, into
+    JSON.png."""
     import sample
 
     source = Coco(json_path, image_dir, bad_boxes="drop")
@@ -2226,11 +2228,11 @@ def check_dataset(json_path, image_dir):
         record = source[i]
         said = {"objects": sample.true_objects(record, source.categories)}
         pictures.append(ImageOps.contain(sample.draw(record["image"], said, c), (384, 384)))
-    tile(pictures).save("check.png")
+    tile(pictures).save(f"{json_path}.png")
     print(json.dumps(source.summary(c), indent=1))
     print(
         f"{np.min(sizes, 0)} to {np.max(sizes, 0)} pixels high and wide; {min(boxes)} to "
-        f"{max(boxes)} boxes, {boxes.mean():.1f} on average; some are drawn in check.png")
+        f"{max(boxes)} boxes, {boxes.mean():.1f} on average; some are drawn in {json_path}.png")
 
 
 @tokenizer.script

@@ -2,7 +2,7 @@
 samples are.
 
 Boxes, masks and keypoints are scored by pycocotools (cocodataset.org/#detection-eval), captions by
-BLEU, ROUGE-L and CIDEr, samples by held-out loss, by a proxy classifier trained on the spot, and by
+pycocoevalcap, samples by held-out loss, by a proxy classifier trained on the spot, and by
 FID (1706.08500), FVD (1812.01717) and Inception Score (1606.03498) with a network of the user's;
 panoptic masks by PQ (1801.00868), of videos by STQ (2102.11859) and DAVIS's J&F (1905.00737), and
 those of others, too. Results are written in COCO's formats. Under torchrun every process predicts a

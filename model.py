@@ -47,7 +47,7 @@ from tokenizer import Count, Natural, Positive, Rate, UserError, between, frozen
 # --------------------------------------------------------------------------------------------------
 # blocks
 
-# cuDNN's attention needs three more kernels for a single query, and some versions err on it.
+# Not cuDNN's: for a single query it takes several kernels, and some versions are wrong there.
 DECODING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 Code = Literal["sin_cos", "learned"]
 PositionKind = Literal["learned", "sin_cos", "sin_cos_plus_learned"]
@@ -395,7 +395,8 @@ class Pix2Seq(nn.Module):
 
         @Device.replayed
         def write(new, at, uniform):
-            """One token of each sequence, its log-probabilities."""
+            """The next token of each sequence, as it is read on and as it is shown (S,); of that
+            the probability (S,); and the log-probabilities that are wanted (S, K)."""
             x = self.decoder(new, context, caches, at)[:, -1]               # (S, D)
             logits = self.decoder.scores(x).float()     # (S, V)
             token = shown = sample_token(logits, uniform[0], **sampling)    # (S,)
@@ -1916,7 +1917,8 @@ class Device:
     @staticmethod
     def replayed(work):
         """work(*tensors, **constants) -> tensors. On cuda the third call for tensors of a shape
-        records its kernels as a graph, which later ones launch at once, into the same results."""
+        records its kernels as a graph, which later ones launch at once, into the same results: they
+        read copies of the tensors; constants, and what else `work` uses, stay where they are."""
         calls, graphs = Counter(), {}
 
         def call(*tensors, **constants):
@@ -1963,8 +1965,8 @@ class Device:
         return lists
 
     def number(self, x):
-        """One that changes from step to step. To XLA numbers are inputs of a step, equal ones are
-        the same input, and it compiles anew when two meet; but not a tensor of one."""
+        """A number that changes from step to step. XLA takes equal numbers of a step for one input
+        and compiles anew when two happen to meet, so for it each is a tensor of its own."""
         return torch.tensor([x], device=self.device) if self.type == "xla" else x
 
     def seed(self, number):

@@ -157,9 +157,9 @@ def test_a_dataset_is_looked_at_before_training(tmp_path):
         "images": 3, "learned": {"cat": 3}, "left out": {data.BAD_BOXES: 1}}
     assert last == (
         "[20 10] to [40 30] pixels high and wide; 0 to 2 boxes, 1.0 on average; some are drawn in "
-        "check.png")
+        f"{path}.png")
     assert f"left out: 1 {data.BAD_BOXES}" in done.stderr
-    with Image.open(tmp_path / "check.png") as picture:
+    with Image.open(f"{path}.png") as picture:
         assert picture.width > 3 * 300 and np.ptp(np.asarray(picture)) > 200
     done = run("data.py", "--check", path, str(tmp_path / "none"), check=False)
     assert done.returncode == 1 and "none: no such folder" in done.stderr
