@@ -38,7 +38,9 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torch.utils.data import DataLoader
 
 import tokenizer
-from tokenizer import Count, Fraction, Natural, NotNegative, Positive, UserError, between, frozen
+from tokenizer import (
+    Count, Fraction, Natural, NotNegative, Positive, UserError, between, check_choice, frozen,
+    require)
 
 PAD_VALUE = 0.3                                        # grey of the padding, as in the reference
 
@@ -299,8 +301,9 @@ class TrainStream:
 
     def __post_init__(self):
         self.count = self.source.count(self.task)
-        if not (self.count and self.source.learned):
-            raise UserError(f"the training data has nothing to learn {self.task} from")
+        require(
+            self.count and self.source.learned,
+            f"the training data has nothing to learn {self.task} from")
 
     def index(self, p):
         """Which of the source's training examples is number p of the stream: each once an epoch."""
@@ -565,10 +568,10 @@ def gen_example(record, c, rng):
     if pixels.ndim == 3:
         pixels = pixels[None]
     expected = *shape, c.data.image_channels
-    if pixels.shape not in (expected, (*shape, 1)):
-        raise UserError(
-            f"the data is {pixels.shape} (frames, height, width, channels), but sample_size, "
-            f"image_channels and frames ask for {expected}")
+    require(
+        pixels.shape in (expected, (*shape, 1)),
+        f"the data is {pixels.shape} (frames, height, width, channels), but sample_size, "
+        f"image_channels and frames ask for {expected}")
     if c.data.flip and rng.random() < 0.5:
         pixels = pixels[:, :, ::-1]
     pixels = np.broadcast_to(pixels, expected).copy()  # grey: equal colours
@@ -674,9 +677,9 @@ def make_source(c, split, task="det"):
     """The records of a configuration. split: train, val (which chooses recipes) or test (which
     reports, if the data have it). UserError if it cannot be."""
     choices = SOURCES[task]
-    if c.data.data not in choices:
-        raise UserError(
-            f"data is {c.data.data!r}, expected one of {', '.join(choices)} for the task {task}")
+    require(
+        c.data.data in choices,
+        f"data is {c.data.data!r}, expected one of {', '.join(choices)} for the task {task}")
     source, known = choices[c.data.data](c, split), {k["label"]: k["name"] for k in c.categories}
     for row in source.categories:
         label = row["label"]
@@ -740,13 +743,11 @@ MASK_LAYOUTS = {                                       # the same, of videos wit
 
 def check_file(path):
     """A pipe or a device would be waited for."""
-    if not isfile(path):
-        raise UserError(f"{path}: no such file, or another thing than a file")
+    require(isfile(path), f"{path}: no such file, or another thing than a file")
 
 
 def check_folder(folder, expected):
-    if not isdir(folder):
-        raise UserError(f"{folder}: no such folder, expected {expected}")
+    require(isdir(folder), f"{folder}: no such folder, expected {expected}")
 
 
 def drawn_options(c, split):
@@ -776,10 +777,10 @@ def coco_paths(c, split, usual):
     paths = [
         getattr(c.data, f"{split}_{name}", "") or folder and f"{folder}/{path}"
         for name, path in usual.items()]
-    if not all(paths):
-        raise UserError(
-            f"data is 'coco': name a folder in COCO's layout with --data_dir, or all of "
-            f"{', '.join(f'--{split}_{name}' for name in usual)}")
+    require(
+        all(paths),
+        f"data is 'coco': name a folder in COCO's layout with --data_dir, or all of "
+        f"{', '.join(f'--{split}_{name}' for name in usual)}")
     return paths
 
 
@@ -802,11 +803,11 @@ def coco_maps_source(c, split):
 
 def files_source(c, split):
     folder, kind = c.data.data_dir, c.data.data
-    if not folder:
-        raise UserError(
-            f"data is {kind!r}: name with --data_dir a folder of {(LAYOUTS | MASK_LAYOUTS)[kind]}")
+    require(
+        folder,
+        f"data is {kind!r}: name with --data_dir a folder of {(LAYOUTS | MASK_LAYOUTS)[kind]}")
     if kind not in ("images", "videos"):               # the others come without a test split
-        tokenizer.check_choice(split, TWO_SPLITS, "split")
+        check_choice(split, TWO_SPLITS, "split")
     frames, *size = clip_shape(c)
     past = getattr(c.model, "past_frames", 0)
     reader, *options = {
@@ -990,7 +991,7 @@ class Drawn(Source):
     endless, size = True, 64
 
     def __init__(self, split, size=None, frames=1, seed=0, count=None, max_shapes=4, past=0):
-        tokenizer.check_choice(split, SPLITS, "split")
+        check_choice(split, SPLITS, "split")
         self.split, self.seeds = split, (seed, SPLITS.index(split))
         self.size, self.length = size or self.size, count or (1 << 40 if split == "train" else 500)
         self.frames, self.max_shapes, self.past = frames, max_shapes, past
@@ -1322,8 +1323,8 @@ class Coco(Source):
                     self.left_out["masks of run lengths are not learned from"] += 1
                 else:
                     self.learned[name] += 1
-        if fractions and places:
-            raise UserError(f"{path}: all boxes lie between 0 and 1, expected pixels")
+        require(
+            not (fractions and places), f"{path}: all boxes lie between 0 and 1, expected pixels")
         if bad and (bad_boxes == "error" or corners):
             hint = "they look like x1 y1 x2 y2" if corners else "--bad_boxes=drop leaves them out"
             refuse(path, {f"{BAD_BOXES}, expected x y width height; {hint}": bad})
@@ -1558,9 +1559,9 @@ def refuse(path, problems):
 def check_keypoints(path, categories):
     """How many keypoints categories have. UserError if none has any, or some have more."""
     counts = {row["name"]: count_keypoints(row) for row in categories if row.get("keypoints")}
-    if len(set(counts.values())) != 1:
-        raise UserError(
-            f"{path}: keypoints of categories: {counts or 'none'}, expected lists of one length")
+    require(
+        len(set(counts.values())) == 1,
+        f"{path}: keypoints of categories: {counts or 'none'}, expected lists of one length")
     return max(counts.values())
 
 
@@ -1622,8 +1623,7 @@ def read_results(path, sizes, categories):
     """Boxes in COCO's format of results. UserError for what is wrong. sizes: {image id: (height,
     width)}; categories: {id: row}"""
     rows, rules = parse_json(path), annotation_rules("det", sizes, categories)
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: expected a list, as in COCO's format of results")
+    require(isinstance(rows, list), f"{path}: expected a list, as in COCO's format of results")
     rules = {key: rules[key] for key in ("image_id", "category_id", "bbox")}
     check_rows(path, {"results": rows}, rules | {"score": ("a number", is_number)})
     return rows
@@ -1641,8 +1641,7 @@ def image_sizes(path, truth, image_dir):
         "height": PIXELS,
         "width": PIXELS,
     })
-    if not images:
-        raise UserError(f"{path}: no images")
+    require(images, f"{path}: no images")
     if image_dir:
         refuse(path, {f"images are not in {image_dir}": missing_files(image_dir, images)})
     return {image["id"]: (image["height"], image["width"]) for image in images}
@@ -1664,8 +1663,9 @@ def read_json(path, lists=("images", "annotations"), hook=None):
     truth = {"categories": []}                         # captions have none
     truth |= content if isinstance(content, dict) else {}
     for key in (*lists, "categories"):
-        if not isinstance(truth.get(key), list):
-            raise UserError(f"{path}: expected an object with a list {key!r}, as in COCO's format")
+        require(
+            isinstance(truth.get(key), list),
+            f"{path}: expected an object with a list {key!r}, as in COCO's format")
     return truth
 
 
@@ -1731,9 +1731,9 @@ def matched(path, rows, known):
 def assign_labels(ids, max_label, where):
     """{category id: label in 1..max_label}: ids that can be labels stay, others take the free
     labels from 1 on."""
-    if len(ids) > max_label:
-        raise UserError(
-            f"{where}: {len(ids)} categories, there is room for {max_label}: raise coord_shift")
+    require(
+        len(ids) <= max_label,
+        f"{where}: {len(ids)} categories, there is room for {max_label}: raise coord_shift")
     possible = range(1, max_label + 1)
     free = (n for n in possible if n not in ids)
     return {i: i if i in possible else next(free) for i in ids}
@@ -1790,8 +1790,7 @@ class MaskClips(Source):
 def check_sizes(name, frames):
     """UserError if frames, arrays or PIL images of a clip, differ in size."""
     sizes = {np.shape(frame)[:2] for frame in frames}
-    if len(sizes) > 1:
-        raise UserError(f"{name}: frames of different sizes (height, width): {sizes}")
+    require(len(sizes) <= 1, f"{name}: frames of different sizes (height, width): {sizes}")
 
 
 def coco_maps(json_path, masks, image_dir=None, past=0, videos=False, truth_json="", known=()):
@@ -1857,8 +1856,7 @@ def check_coco_maps(path, truth, masks, image_dir, known):
     for a in annotations[:2000]:
         file, size = f"{masks}/{a['file_name']}", sizes[a["image_id"]]
         ids = read_ids(file)
-        if ids.shape != size:
-            raise UserError(f"{file}: height and width are {ids.shape}, of its image {size}")
+        require(ids.shape == size, f"{file}: height and width are {ids.shape}, of its image {size}")
         found = {0, *np.unique(ids).tolist()}
         listed = {0, *(row["id"] for row in a["segments_info"])}
         refuse(file, {
@@ -1878,8 +1876,7 @@ def read_ids(path):
 def read_png(path, modes, what):
     """The values of an image of one of these modes of PIL."""
     stored = open_image(path)
-    if stored.mode not in modes:
-        raise UserError(f"{path}: a {stored.mode} image, expected {what}")
+    require(stored.mode in modes, f"{path}: a {stored.mode} image, expected {what}")
     return np.asarray(stored)
 
 
@@ -1935,8 +1932,7 @@ def cityscapes_vps(folder, split, past=0):
 def davis(folder, split, past=0):
     """DAVIS in a folder as of MASK_LAYOUTS."""
     listed = f"{folder}/ImageSets/2017/{split}.txt"
-    if not exists(listed):
-        raise UserError(f"{listed}: no such file, expected the names of the videos")
+    require(exists(listed), f"{listed}: no such file, expected the names of the videos")
     names = read_bytes(listed).decode().split()
     maps = f"{folder}/Annotations_unsupervised/480p"
     if not isdir(maps):
@@ -1959,8 +1955,7 @@ def clip_files(images, maps, names=None):
             "frames are missing": sorted(gaps),
         })
         clips.append((name, name, list(frames.values()), [found[stem] for stem in frames]))
-    if not clips:
-        raise UserError(f"{maps}: no video")
+    require(clips, f"{maps}: no video")
     return clips
 
 
@@ -1980,12 +1975,12 @@ class PixelArrays(Source):
     UserError, naming `where`, if they do not fit."""
 
     def __init__(self, pixels, labels, classes, where="images in memory"):
-        if len(pixels) != len(labels):
-            raise UserError(f"{where}: {len(pixels)} images, but {len(labels)} labels")
+        require(
+            len(pixels) == len(labels), f"{where}: {len(pixels)} images, but {len(labels)} labels")
         low, high = min(labels, default=0), max(labels, default=0)
-        if low < -1 or high >= len(classes):
-            raise UserError(
-                f"{where}: labels from {low} to {high}, expected less than {len(classes)}")
+        require(
+            low >= -1 and high < len(classes),
+            f"{where}: labels from {low} to {high}, expected less than {len(classes)}")
         self.pixels, self.labels, self.classes = pixels, labels, list(classes)
 
     def __len__(self):
@@ -1998,7 +1993,7 @@ class PixelArrays(Source):
 def held_out(count, split, every):
     """Which of `count` items are a split's: every `every`-th is held out, beginning with the first,
     but never the only one."""
-    tokenizer.check_choice(split, TWO_SPLITS, "split")
+    check_choice(split, TWO_SPLITS, "split")
     is_val = (np.arange(count) % every == 0) & (count > 1)
     return np.flatnonzero(is_val == (split == "val"))
 
@@ -2023,8 +2018,9 @@ def load_mnist(folder, split):
                    for part in ("train", "t10k"))
     shared = not any(train)
     images, labels = t10k if shared or split == "val" else train
-    if not (images and labels):
-        raise UserError(f"{folder}: no images or labels for {split}, expected {LAYOUTS['mnist']}")
+    require(
+        images and labels,
+        f"{folder}: no images or labels for {split}, expected {LAYOUTS['mnist']}")
     pixels = read_idx(images, 3)[..., None]
     targets = read_idx(labels, 1)
     source = PixelArrays(pixels, targets, "0123456789", f"{images}, {labels}")
@@ -2044,15 +2040,15 @@ def find_file(folder, *patterns):
 def read_idx(path, dims):
     """An idx file of bytes -> uint8 array of `dims` dimensions."""
     content, magic = read_bytes(path), bytes([0, 0, 8, dims])
-    if content[:4] != magic:
-        raise UserError(
-            f"{path}: begins with {content[:4].hex()}, expected {magic.hex()}, idx in {dims}D")
+    require(
+        content[:4] == magic,
+        f"{path}: begins with {content[:4].hex()}, expected {magic.hex()}, idx in {dims}D")
     header = 4 + 4 * dims
     shape = [int.from_bytes(content[at:at + 4], "big") for at in range(4, header, 4)]
     expected = header + math.prod(shape)
-    if len(content) != expected:
-        raise UserError(
-            f"{path}: {len(content)} bytes, expected {expected} for {' x '.join(map(str, shape))}")
+    require(
+        len(content) == expected,
+        f"{path}: {len(content)} bytes, expected {expected} for {' x '.join(map(str, shape))}")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
@@ -2066,14 +2062,13 @@ def load_cifar10(folder, split):
     rows = []                                          # label, then red, green, blue
     for name in names if split == "train" else ["test_batch.bin"]:
         path = find_file(folder, name, f"cifar-10-batches-bin/{name}")
-        if path is None:
-            raise UserError(f"{folder}: no {name}, expected {LAYOUTS['cifar10']}")
+        require(path is not None, f"{folder}: no {name}, expected {LAYOUTS['cifar10']}")
         content = np.frombuffer(read_bytes(path), np.uint8)
         most = max(content[::3073], default=0)
-        if not len(content) or len(content) % 3073 or most > 9:
-            raise UserError(
-                f"{path}: {len(content)} bytes, labels up to {most}, expected 3073 bytes per image "
-                f"and labels up to 9, as in the CIFAR-10 binary version")
+        require(
+            len(content) and not len(content) % 3073 and most <= 9,
+            f"{path}: {len(content)} bytes, labels up to {most}, expected 3073 bytes per image "
+            f"and labels up to 9, as in the CIFAR-10 binary version")
         rows.append(content.reshape(-1, 3073))
     rows = np.concatenate(rows)
     pixels = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
@@ -2115,10 +2110,10 @@ class ClipFolder(Source):
         self.clips, short = [], []                     # (folder, names of frames, label)
         for path, names in image_folders(root, videos + by_class):
             name = relpath(path, root).split(os.sep)[0]
-            if by_class and name not in self.classes:
-                raise UserError(
-                    f"{root}/{name}: a class that is not in {folder}/train, which has "
-                    f"{', '.join(self.classes[:5]) or 'none'}")
+            require(
+                not by_class or name in self.classes,
+                f"{root}/{name}: a class that is not in {folder}/train, which has "
+                f"{', '.join(self.classes[:5]) or 'none'}")
             names = sorted(names, key=len) if videos else share(names)
             if len(names) < self.frames:
                 short.append(path)
@@ -2251,8 +2246,9 @@ def main():
         return check_dataset(*args.check)
     if not args.export or args.count < 1 or args.size < 16:
         parser.error("expected --check, or --export, --count of at least 1 and --size of 16")
-    if exists(f"{args.export}/annotations"):
-        raise UserError(f"{args.export}: holds annotations, expected a new folder")
+    require(
+        not exists(f"{args.export}/annotations"),
+        f"{args.export}: holds annotations, expected a new folder")
     export_shapes(args.export, args.count, args.size, args.format)
     print(f"wrote {args.export}; next: python train.py --data=coco --data_dir={args.export}")
 

@@ -32,7 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_map, tree_map_only
 
-from tokenizer import Fraction, NotNegative, Positive, UserError, between, check_choice, frozen
+from tokenizer import (
+    Fraction, NotNegative, Positive, UserError, between, check_choice, frozen, require)
 
 GAMMA_MIN = 1e-9
 map_tensors = partial(tree_map_only, torch.Tensor)
@@ -187,8 +188,7 @@ def sample(
     for steps < 1.
     """
     check_choice(sampler, SAMPLERS, "sampler")
-    if steps < 1:
-        raise UserError(f"sample_steps must be at least 1, got {steps}")
+    require(steps >= 1, f"sample_steps must be at least 1, got {steps}")
     t = 1 - x_init.new_tensor(range(steps)) / steps
     t_next = (t - (1 + td) / steps).clamp(min=0)
     gammas, gammas_next = map(gamma_schedule(schedule), (t, t_next))
@@ -227,8 +227,9 @@ def next_self_cond(self_cond, pred_type, x0, eps, hidden):
     if self_cond == "auto":
         self_cond = "eps" if pred_type == "eps" else "x"
     estimates = {"none": None, "x": x0, "eps": eps}
-    if self_cond not in estimates and hidden is None:
-        raise UserError(f"self_cond {self_cond!r} needs a denoiser that returns a hidden state")
+    require(
+        self_cond in estimates or hidden is not None,
+        f"self_cond {self_cond!r} needs a denoiser that returns a hidden state")
     return estimates.get(self_cond, hidden)
 
 

@@ -44,7 +44,7 @@ import sample
 import tokenizer
 from model import Device, image_tokens
 from sample import PREDICT, Inputs, predict
-from tokenizer import Count, Natural, UserError, frozen
+from tokenizer import Count, Natural, UserError, frozen, require
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)             # times t at which the loss of generation is taken
 TOGETHER = ["det", "seg"]                      # masks are of the boxes that detection found
@@ -216,8 +216,7 @@ def quality(pixels, labels, source, c, device):
     if s.inception:
         scores |= network_scores(Inception(s.inception, device), "fid", pixels, train, c)
     if s.i3d:
-        if pixels.ndim != 5:
-            raise UserError(f"--i3d={s.i3d}: FVD is of videos, this model makes images")
+        require(pixels.ndim == 5, f"--i3d={s.i3d}: FVD is of videos, this model makes images")
         scores |= network_scores(I3D(s.i3d, device), "fvd", pixels, train, c)
     return scores
 
@@ -618,11 +617,10 @@ def caption_scores(candidates, references):
     tokeniser, on which published numbers rest ("words": "ptb"), where Java is found, else from
     `caption_words` ("own"). UserError names an image without references.
     """
-    if not candidates:
-        raise UserError("no captions to score")
+    require(candidates, "no captions to score")
     for image_id in candidates:
-        if not references.get(image_id):
-            raise UserError(f"image {image_id} has a caption to score, but no references")
+        require(
+            references.get(image_id), f"image {image_id} has a caption to score, but no references")
     try:
         from pycocoevalcap.bleu.bleu import Bleu
         from pycocoevalcap.cider.cider import Cider
@@ -654,8 +652,8 @@ PROXY_IMAGES = 10_000                  # those (or frames) that a proxy classifi
 
 def feature_statistics(features):
     """(N, D) -> mean (D,) and unbiased covariance (D, D), float64. UserError for N < 2."""
-    if len(features) < 2:
-        raise UserError(f"statistics of features need at least 2 images, got {len(features)}")
+    require(
+        len(features) >= 2, f"statistics of features need at least 2 images, got {len(features)}")
     features = np.asarray(features, np.float64)
     return features.mean(0), np.atleast_2d(np.cov(features.T))
 
@@ -743,8 +741,7 @@ def train_proxy(pixels, labels, classes, device, steps=300, seed=0):
     """Pixels and labels (N,), -1 unknown -> ProxyClassifier, the same every time (on a GPU nearly
     so). The global generators are left as they are. UserError if all labels are unknown."""
     known = labels >= 0
-    if not known.any():
-        raise UserError("no image has a label that a proxy classifier could learn")
+    require(known.any(), "no image has a label that a proxy classifier could learn")
     images = torch.from_numpy(as_frames(pixels[known])).movedim(-1, 1)
     labels = torch.from_numpy(labels[known].repeat(len(images) // known.sum()))
     with device.fork_rng(seed):
@@ -908,15 +905,17 @@ def run(path, options, args, device):
     model, c = sample.load_model(path, device)
     c = sample.apply(c, args, options)
     tasks, start = sample.pick_tasks(options.task, c), time.time()
-    if options.truth and not set(tasks) <= set(TRUTH):
-        raise UserError(f"--truth: only for {', '.join(TRUTH)}, this model generates")
+    require(
+        not options.truth or set(tasks) <= set(TRUTH),
+        f"--truth: only for {', '.join(TRUTH)}, this model generates")
     boxes = options.boxes
     if boxes not in ("", "own", "truth"):
         boxes = read_boxes(boxes, data.make_source(c, options.split, tasks[0]), c)
     kind = options.split + "_truth" * options.truth
     stem = options.out or f"{os.path.splitext(path)[0]}_{kind}"
-    if sample.real(options.boxes) in {sample.real(f"{stem}_{task}.json") for task in tasks}:
-        raise UserError(f"--boxes={options.boxes} would be overwritten: use another --out")
+    require(
+        sample.real(options.boxes) not in {sample.real(f"{stem}_{task}.json") for task in tasks},
+        f"--boxes={options.boxes} would be overwritten: use another --out")
     metrics, predictions = evaluate(
         model, c, options.split, device, tasks, options.limit, boxes, options.truth,
         batch_size=options.batch_size, workers=options.workers, seed=options.seed)

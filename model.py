@@ -29,6 +29,7 @@ from collections import Counter
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import zip_longest
+from os.path import basename, dirname, isdir, isfile
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -42,7 +43,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import tokenizer
-from tokenizer import Count, Natural, Positive, Rate, UserError, between, frozen
+from tokenizer import (
+    Count, Natural, Positive, Rate, UserError, between, check_choice, frozen, require)
 
 # --------------------------------------------------------------------------------------------------
 # blocks
@@ -254,8 +256,9 @@ class Encoder(nn.Module):
             self.grid = tuple(grid)
             self.patch = nn.Linear(channels, dim)
             self.dropout = nn.Dropout(c.dropout)
-        if 0 in self.grid:
-            raise UserError(f"image_size {c.image_size} is smaller than patch_size {c.patch_size}")
+        require(
+            0 not in self.grid,
+            f"image_size {c.image_size} is smaller than patch_size {c.patch_size}")
         self.patch_norm = layer_norm(dim)
         self.position = Position(c.pos_encoding, *self.grid, dim)
         self.cls = embedding(1, dim) if c.cls_token else None
@@ -375,9 +378,9 @@ class Pix2Seq(nn.Module):
         sampling:    temperature, top_k, top_p: see `sample_token`
         """
         B, P = len(context), prompts.shape[-1]
-        if P + length > self.config.max_seq_len + 1:
-            raise UserError(                           # the last token is never read
-                f"prompt of {P} and {length} tokens exceed max_seq_len {self.config.max_seq_len}")
+        require(
+            P + length <= self.config.max_seq_len + 1,  # the last token is never read
+            f"prompt of {P} and {length} tokens exceed max_seq_len {self.config.max_seq_len}")
         new = prompts.reshape(-1, P)                    # what the decoder has not seen
         S, device = len(new) * samples, context.device
         at = torch.arange(P, device=device)             # positions of `new`
@@ -616,8 +619,8 @@ def set_checkpointing(model, on):
 
 def check_multiples(what, factor, of, *numbers):
     for number in numbers:
-        if not factor or number % factor:
-            raise UserError(f"{what} {number} is not a multiple of {factor} ({of})")
+        require(
+            factor and not number % factor, f"{what} {number} is not a multiple of {factor} ({of})")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -952,13 +955,13 @@ class RIN(nn.Module):
         cond_dim = c.cond_dim or dim
         extra = not c.time_on_latents or label_token and not c.cond_on_latents
         check_multiples("sample_size", c.interface_patch, "interface_patch", *c.sample_size)
-        if c.cond_decoupled_read and (c.cond_writable or not extra):
-            raise UserError(
-                "cond_decoupled_read needs extra tokens (time_on_latents=False or "
-                "cond_on_latents=0) and cond_writable=False")
-        if extra and cond_dim != dim and not c.cond_decoupled_read:
-            raise UserError(
-                f"cond_dim {cond_dim} is not interface_dim {dim}: it needs cond_decoupled_read")
+        require(
+            not c.cond_decoupled_read or extra and not c.cond_writable,
+            "cond_decoupled_read needs extra tokens (time_on_latents=False or "
+            "cond_on_latents=0) and cond_writable=False")
+        require(
+            not extra or cond_dim == dim or c.cond_decoupled_read,
+            f"cond_dim {cond_dim} is not interface_dim {dim}: it needs cond_decoupled_read")
 
         rows, cols = (side // c.interface_patch for side in c.sample_size)
         steps = sum(math.ceil(frames / c.frame_stride) for frames in (c.frames, c.cond_frames))
@@ -1121,10 +1124,10 @@ class FITBlock(nn.Module):
 def fit_blocks(c, **options):
     """FITBlocks of a FITSizes: for fit_layers "(2)4(1)" one of 2 local layers and 4 of latents, and
     one of 1 local layer."""
-    if not re.fullmatch(r"(\(\d+\)[1-9]\d*)*\(\d+\)\d*", c.fit_layers):
-        raise UserError(
-            f"fit_layers {c.fit_layers!r}: expected local layers in brackets, layers of latents "
-            "behind them, and so on, as in '(2)4(2)4' or '(2)4(2)'")
+    require(
+        re.fullmatch(r"(\(\d+\)[1-9]\d*)*\(\d+\)\d*", c.fit_layers),
+        f"fit_layers {c.fit_layers!r}: expected local layers in brackets, layers of latents "
+        "behind them, and so on, as in '(2)4(2)4' or '(2)4(2)'")
     counts = re.findall(r"\((\d+)\)(\d*)", c.fit_layers)
     return nn.ModuleList(
         FITBlock(c, int(local), int(processing or 0), n == len(counts), **options)
@@ -1547,10 +1550,10 @@ class UNet(nn.Module):
         patch = stride * (c.transformer_stride if c.transformer_layers else 1)
         check_multiples("sample_size", patch, "stride of the coarsest map", *c.sample_size)
         check_multiples("channels", c.softmax_groups or 1, "softmax_groups", c.channels)
-        if len(widths) != levels or len(c.kernel_sizes) not in (1, levels):
-            raise UserError(
-                f"res_blocks {c.res_blocks}, multipliers {c.multipliers}, kernel_sizes "
-                f"{c.kernel_sizes} differ in length")
+        require(
+            len(widths) == levels and len(c.kernel_sizes) in (1, levels),
+            f"res_blocks {c.res_blocks}, multipliers {c.multipliers}, kernel_sizes "
+            f"{c.kernel_sizes} differ in length")
 
         dim = widths[0]
         self.time_emb = ScalarEmbedding(4 * c.unet_dim, c.time_scaling, c.num_classes)
@@ -1668,9 +1671,9 @@ class Panoptic(nn.Module):
         self.config = c
         self.encoder = Encoder(c)
         (height, width), (rows, columns) = c.sample_size, self.encoder.grid
-        if height * columns != width * rows:
-            raise UserError(
-                f"sample_size {c.sample_size}: expected a multiple of {self.encoder.grid}, patches")
+        require(
+            height * columns == width * rows,
+            f"sample_size {c.sample_size}: expected a multiple of {self.encoder.grid}, patches")
         # The feature maps from the coarsest on are merged until they are as large as the masks.
         shapes = [(c.fuse_dim, height, width), *self.encoder.shapes]
         dim, size, self.fuse = c.enc_dim, [rows, columns], nn.ModuleDict()
@@ -1820,8 +1823,8 @@ class Device:
     """
 
     def __init__(self, name="auto", dtype="auto", compile="auto"):
-        tokenizer.check_choice(dtype, get_args(Dtype), "dtype")
-        tokenizer.check_choice(compile, get_args(Switch), "compile")
+        check_choice(dtype, get_args(Dtype), "dtype")
+        check_choice(compile, get_args(Switch), "compile")
         available = {
             "cuda": torch.cuda.is_available(),
             "mps": torch.backends.mps.is_available(),
@@ -1832,9 +1835,8 @@ class Device:
         if name == "auto":
             name = next(filter(available.get, available))
         self.type = self.name = name.partition(":")[0]
-        tokenizer.check_choice(self.type, ("auto", *available), "device")
-        if not available[self.type]:
-            raise UserError(f"device {name} is not available on this machine")
+        check_choice(self.type, ("auto", *available), "device")
+        require(available[self.type], f"device {name} is not available on this machine")
         self.device = torch.device(name)
         self.cuda = self.type == "cuda"
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -2083,7 +2085,7 @@ def save(path, content):
             os.fsync(f.fileno())
         os.replace(temporary, path)
         if hasattr(os, "O_DIRECTORY"):                  # Windows cannot open one
-            folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+            folder = os.open(dirname(path) or ".", os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
     except RuntimeError as e:                           # torch's, for any failing write
@@ -2096,8 +2098,7 @@ def save(path, content):
 def load(path):
     """The content that `save` wrote, on the CPU. Only tensors and plain values are read: a file
     from a stranger can run no code. UserError naming the file, also if a bit of it is wrong."""
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file")
+    require(isfile(path), f"{path}: no such file")
     try:
         with zipfile.ZipFile(path) as packed:
             if broken := packed.testzip():
@@ -2106,11 +2107,12 @@ def load(path):
     except Exception as e:                              # torch raises many types for a damaged file
         reason = f"{type(e).__name__}: {e}".splitlines()[0]
         raise UserError(f"{path}: damaged, truncated or no checkpoint ({reason})") from e
-    if not isinstance(content, dict) or not {"network", "config", "model"} <= content.keys():
-        raise UserError(f"{path}: not a checkpoint of this code")
-    if content.get("format") != FORMAT:
-        raise UserError(
-            f"{path}: has format {content.get('format', 1)}, expected {FORMAT}: to be trained anew")
+    require(
+        isinstance(content, dict) and {"network", "config", "model"} <= content.keys(),
+        f"{path}: not a checkpoint of this code")
+    require(
+        content.get("format") == FORMAT,
+        f"{path}: has format {content.get('format', 1)}, expected {FORMAT}: to be trained anew")
     return content
 
 
@@ -2168,8 +2170,8 @@ def adapt_weights(weights, model, adapt=False, grid=None):
         elif name in ("encoder.position.code", "proj_position.code"):
             new = model.encoder.grid
             old = grid or (new if len(w) == len(ours) else 2 * (math.isqrt(len(w)),))
-            if math.prod(old) != len(w):
-                raise UserError(f"{name}: {len(w)} positions, whose grid is not {old}")
+            require(
+                math.prod(old) == len(w), f"{name}: {len(w)} positions, whose grid is not {old}")
             if old != new:
                 notes.append(f"{name}: grid of {old}, the model has {new}")
                 image = w.T.reshape(1, -1, *old)        # (1, D, rows, columns)
@@ -2179,9 +2181,9 @@ def adapt_weights(weights, model, adapt=False, grid=None):
             notes.append(f"{name}: {len(w)} rows, the model has {len(ours)}")
             w = torch.cat([w[:len(ours)].to(ours), ours[len(w):]])
         weights[name] = w
-    if notes and not adapt:
-        raise UserError(
-            f"these weights are of another size; --adapt would fit them: {'; '.join(notes)}")
+    require(
+        not notes or adapt,
+        f"these weights are of another size; --adapt would fit them: {'; '.join(notes)}")
     return weights, notes
 
 
@@ -2319,12 +2321,11 @@ def read_reference_checkpoint(path):
             "reading a TensorFlow checkpoint needs TensorFlow, once: pip install tensorflow-cpu"
         ) from e
     prefix = re.sub(r"\.(index|data-\d+-of-\d+)$", "", path)
-    if os.path.isdir(path):
+    if isdir(path):
         with open(f"{path}/checkpoint", errors="replace") as f:
             latest = re.search(r'^model_checkpoint_path: "(.+)"', f.read(), re.M)
-        if not latest:
-            raise UserError(f"{path}/checkpoint: names no checkpoint")
-        prefix = f"{path}/{os.path.basename(latest[1])}"            # it may be from elsewhere
+        require(latest, f"{path}/checkpoint: names no checkpoint")
+        prefix = f"{path}/{basename(latest[1])}"            # it may be from elsewhere
     shards = glob.glob(glob.escape(prefix) + ".data-*-of-*")
     count = int(shards[0].rpartition("-")[2]) if shards else 1
     for part in ["index", *(f"data-{i:05}-of-{count:05}" for i in range(count))]:
@@ -2339,8 +2340,7 @@ def read_reference_checkpoint(path):
     except Exception as e:                              # TensorFlow raises many types
         reason = f"{type(e).__name__}: {e}".splitlines()[0]
         raise UserError(f"{prefix}: damaged or truncated ({reason})") from e
-    if not weights:
-        raise UserError(f"{prefix}: no weights under model/, so not a checkpoint of the reference")
+    require(weights, f"{prefix}: no weights under model/, so not a checkpoint of the reference")
     return weights
 
 
@@ -2374,11 +2374,9 @@ def convert(path, c, categories=()):
     known = {}
     for file in categories:
         rows = data.read_json(file, ())["categories"]
-        if not rows:
-            raise UserError(f"{file}: no categories")
+        require(rows, f"{file}: no categories")
         for i, row in data.read_categories(file, rows, "kpt", (), 1 << 24).items():
-            if i not in labels:
-                raise UserError(f"{file}: category {i} is not of {labels}")
+            require(i in labels, f"{file}: category {i} is not of {labels}")
             known.setdefault(i, {}).update(row)
     rows = tuple(
         {"id": i, "name": str(i), **known.get(i, {}), "label": n if counted else i}
@@ -2411,7 +2409,7 @@ def main():
     from train import PRESETS
 
     source, target, preset = args.convert
-    tokenizer.check_choice(preset, PRESETS, "preset")
+    check_choice(preset, PRESETS, "preset")
     c = sample.changed(PRESETS[preset].config, pieces=args.pieces)
     save(target, convert(source, c, args.categories))
     print(f"written to {target}; next: python sample.py photo.jpg --ckpt={target}")

@@ -26,6 +26,7 @@ import typing
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import cached_property, lru_cache, partial
 from itertools import count, cycle, zip_longest
+from os.path import basename, dirname, exists, getmtime, isdir, isfile, realpath
 from pathlib import Path
 
 import numpy as np
@@ -41,21 +42,10 @@ import tokenizer
 from data import DataConfig
 from diffusion import DiffusionConfig
 from model import (
-    NETWORKS,
-    Device,
-    Dtype,
-    ImageConfig,
-    Pix2SeqConfig,
-    Switch,
-    attention_maps,
-    build,
-    image_losses,
-    image_tokens,
-    load,
-    load_weights,
-    token_image,
-)
-from tokenizer import Count, Fraction, Natural, NotNegative, Rate, Seed, UserError, Vocab, frozen
+    NETWORKS, Device, Dtype, ImageConfig, Pix2SeqConfig, Switch, attention_maps, build,
+    image_losses, image_tokens, load, load_weights, token_image)
+from tokenizer import (
+    Count, Fraction, Natural, NotNegative, Rate, Seed, UserError, Vocab, frozen, require)
 
 
 @frozen
@@ -474,11 +464,11 @@ def find_checkpoint(path=None):
         if not runs:
             raise FileNotFoundError(
                 "no run in out/: train one with `python train.py`, or name a checkpoint, --ckpt")
-        path = os.path.dirname(max(runs, key=os.path.getmtime))
-    if os.path.isdir(path):
+        path = dirname(max(runs, key=getmtime))
+    if isdir(path):
         best = f"{path}/best.pt"
-        path = best if os.path.exists(best) else f"{path}/last.pt"
-    if not os.path.exists(path):
+        path = best if exists(best) else f"{path}/last.pt"
+    if not exists(path):
         raise FileNotFoundError(f"{path}: no such checkpoint")
     return path
 
@@ -486,8 +476,7 @@ def find_checkpoint(path=None):
 def load_model(path, device):
     """A checkpoint file -> the network on the device, ready to predict, and its Config. UserError
     for xla, which trains only."""
-    if device.type == "xla":
-        raise UserError("--device=xla is for training: predict with cpu or cuda")
+    require(device.type != "xla", "--device=xla is for training: predict with cpu or cuda")
     model, c = read_model(path)
     device.compile(model)
     return device.cast(device.place(model)).eval(), c
@@ -570,10 +559,8 @@ def comments_of(kind):
 
 def read_option(kind, text):
     """A command line's text -> a value of the type of a field."""
-    with contextlib.suppress(ValueError, KeyError, re.error):
-        value = tokenizer.parsed(text, kind)
-        if tokenizer.fits(value, kind):
-            return value
+    with contextlib.suppress(ValueError, re.error):
+        return tokenizer.parsed(text, kind)
     raise argparse.ArgumentTypeError(f"expected {tokenizer.expected(kind)}, got {text!r}")
 
 
@@ -589,8 +576,7 @@ def apply(c, args, *options):
     ours = {*c.data.tasks, c.data.data, "drawn" if c.data.data == "shapes" else "files"}
     for name in ("inception", "i3d"):
         path = getattr(c.sampling, name)
-        if path and not os.path.isfile(path):
-            raise UserError(f"--{name}={path}: no such file")
+        require(not path or isfile(path), f"--{name}={path}: no such file")
     for part in (*parts_of(c), *options):
         for name, comment in comments_of(type(part)).items():
             of = set(comment.partition(":")[0].split(", ")) & OWNERS
@@ -623,8 +609,7 @@ def pick_tasks(text, c):
     """The text of --task -> tuple of tasks; UserError if the model does not know one."""
     tasks = c.data.tasks if text == "all" else tuple(text.split(","))
     for task in tasks:
-        if task not in c.data.tasks:
-            raise UserError(f"--task={text}: this model knows {', '.join(c.data.tasks)}")
+        require(task in c.data.tasks, f"--task={text}: this model knows {', '.join(c.data.tasks)}")
     return tasks
 
 
@@ -684,8 +669,9 @@ def main():
 def show(model, c, tasks, options, generator):
     """Pictures of what a model says about the user's images, or about held-out items, into a
     folder. options: SampleOptions. Returns what sample.py prints."""
-    if options.class_name and SHOW[tasks[0]] is not show_samples:
-        raise UserError(f"--class={options.class_name} is of gen, ar, this is {','.join(tasks)}")
+    require(
+        not options.class_name or SHOW[tasks[0]] is show_samples,
+        f"--class={options.class_name} is of gen, ar, this is {','.join(tasks)}")
     os.makedirs(options.out, exist_ok=True)
     return SHOW[tasks[0]](model, c, tasks, options, generator)
 
@@ -704,7 +690,7 @@ def free_stem(folder, taken, name):
 
 def real(path):
     """A path as it is compared; on some machines capitals make no difference."""
-    return os.path.realpath(path).lower()
+    return realpath(path).lower()
 
 
 def each_input(options, read, c, failed):
@@ -726,8 +712,9 @@ def each_input(options, read, c, failed):
 def show_predictions(model, c, tasks, options, generator):
     """A picture per image, and the first of them in all.png."""
     asks = {"seg", "kpt"} & set(tasks) and not (options.boxes or "det" in c.data.tasks)
-    if asks and options.images:
-        raise UserError("this model does not detect: name boxes with --boxes=X,Y,W,H,NAME")
+    require(
+        not (asks and options.images),
+        "this model does not detect: name boxes with --boxes=X,Y,W,H,NAME")
     names = {category["id"]: category["name"] for category in c.categories}
     new_stem = partial(free_stem, options.out, set(map(real, options.images)))
     pictures, report = [], []
@@ -778,8 +765,9 @@ def read_box(text, c):
 def show_samples(model, c, tasks, options, generator):
     """A grid of samples; with --strip also of their estimates at every tenth of the way; with
     --complete, of images that begin with the upper half of a given one."""
-    if options.images or options.boxes:
-        raise UserError("this model generates: it takes no images and no boxes")
+    require(
+        not (options.images or options.boxes),
+        "this model generates: it takes no images and no boxes")
     names = [category["name"] for category in c.categories] if c.model.num_classes else []
     records, rows = list(sample_records(c, options.count or 64)), 0
     taken = {real(options.complete)}
@@ -840,7 +828,7 @@ def show_maps(model, c, tasks, options, generator):
     predictions, pictures, failed, firsts, steps = {}, [], [], [], []
     for name, record in each_input(options, partial(read_clip, task=tasks[0]), c, failed):
         stem = new_stem(name)
-        record["name"] = os.path.basename(stem)
+        record["name"] = basename(stem)
         if options.images:
             record["id"] = record["name"]
         inputs = Inputs([record], c, generator=generator)
@@ -886,7 +874,7 @@ def read_clip(path, task):
     try:
         if task == "pan":
             images = [data.load_image(path)]
-        elif os.path.isdir(path):
+        elif isdir(path):
             images = list(map(data.load_image, data.frame_files(path).values()))
         else:
             data.check_file(path)
@@ -903,8 +891,7 @@ def read_clip(path, task):
         raise ImportError(f"{path}: reading a video file needs PyAV: pip install av") from e
     except Exception as e:                             # PIL and PyAV raise many types
         raise UserError(f"{path}: not a readable video ({e})") from e
-    if not images:
-        raise UserError(f"{path}: no frames, expected image files")
+    require(images, f"{path}: no frames, expected image files")
     data.check_sizes(path, images)
     return {"images": images, "id": name, "name": name}
 
@@ -1025,8 +1012,9 @@ def draw_object(pen, obj, category, color, zoom, font):
 def draw_attention(model, inputs, c):
     """The cross-attention of the tokens of the 4 likeliest objects of one image: a row per object,
     a picture per token y_min x_min y_max x_max class. UserError if it is not to patches."""
-    if c.model.encoder == "fit":
-        raise UserError("--attention: the decoder of a fit attends to latents, not to patches")
+    require(
+        c.model.encoder != "fit",
+        "--attention: the decoder of a fit attends to latents, not to patches")
     [view] = inputs.views
     [objects] = inputs.objects
     boxes, labels = prompt_boxes([view], [objects], c)

@@ -20,6 +20,7 @@ import math
 import os
 import re
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, wraps
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -51,17 +52,16 @@ class Vocab:
     pieces: str = ""                    # SentencePiece model file for captions; empty: bytes
 
     def __post_init__(self):
-        if self.bins < 2:
-            raise UserError(f"bins is {self.bins}, expected at least 2")
-        if self.coord_shift <= CLASS_SHIFT + 1:
-            raise UserError(
-                f"coord_shift is {self.coord_shift}, which leaves no class token: expected at "
-                f"least {CLASS_SHIFT + 2}")
+        require(self.bins >= 2, f"bins is {self.bins}, expected at least 2")
+        require(
+            self.coord_shift > CLASS_SHIFT + 1,
+            f"coord_shift is {self.coord_shift}, which leaves no class token: expected at "
+            f"least {CLASS_SHIFT + 2}")
         end = self.coord_shift + self.bins
-        if end > self.text_shift:
-            raise UserError(
-                f"coord_shift + bins: coordinates end at {end}, above text_shift, which is "
-                f"{self.text_shift}")
+        require(
+            end <= self.text_shift,
+            f"coord_shift + bins: coordinates end at {end}, above text_shift, which is "
+            f"{self.text_shift}")
 
     @property
     def classes(self):
@@ -328,10 +328,10 @@ class SentencePieces:
         except RuntimeError as e:
             raise UserError(f"{path} is no SentencePiece model, or a broken one: {e}") from None
         self.size = self.model.vocab_size()
-        if self.model.eos_id() != END_PIECE:
-            raise UserError(
-                f"{path} has end piece {self.model.eos_id()}, expected {END_PIECE}: train it with "
-                "--pad_id=0 --eos_id=1 --unk_id=2 --bos_id=-1")
+        require(
+            self.model.eos_id() == END_PIECE,
+            f"{path} has end piece {self.model.eos_id()}, expected {END_PIECE}: train it with "
+            "--pad_id=0 --eos_id=1 --unk_id=2 --bos_id=-1")
 
     def encode(self, text):
         text = text.encode("utf-8", "replace").decode()
@@ -350,6 +350,12 @@ frozen = dataclass(frozen=True)                        # options, which are repl
 class UserError(ValueError):
     """What the user can mend. The message names the file or option, the place in it, the value, and
     what was expected."""
+
+
+def require(condition, message):
+    """UserError with the message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
 
 
 @cache
@@ -412,40 +418,37 @@ def expected(kind):
     return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
 
 
-def fits(value, kind):
-    """Whether a value is of a type."""
-    args = get_args(kind)
-    if get_origin(kind) is Literal:
-        return value in args
-    if get_origin(kind) is Annotated:
-        return fits(value, args[0]) and args[2](value)
-    if args:
-        right = isinstance(value, tuple) and (... in args or len(value) == len(args))
-        return right and all(fits(x, args[0]) for x in value)
-    if kind is float:
-        return type(value) in (int, float) and math.isfinite(value)
-    return type(value) is kind
-
-
 def parsed(text, kind):
-    """A text as a value of a type, if it can be one."""
+    """A text as a value of a type. ValueError, or re.error, if it is none."""
     args = get_args(kind)
     if get_origin(kind) is Literal:
-        return type(args[0])(text)
+        return args[list(map(str, args)).index(text)]
     if get_origin(kind) is Annotated:
-        return parsed(text, args[0])
-    if args:
+        value, (_, _, test) = parsed(text, args[0]), args
+        if test(value):
+            return value
+    elif args:
         values = tuple(parsed(part, args[0]) for part in text.split(",") if text)
-        single = len(values) == 1 and ... not in args              # 640 stands for 640,640
-        return values * len(args) if single else values
-    if kind is bool:
+        if len(values) == 1 and ... not in args:                   # 640 stands for 640,640
+            values *= len(args)
+        if ... in args or len(values) == len(args):
+            return values
+    elif kind is bool:
         return "false 0 true 1".split().index(text.lower()) > 1
-    return kind(text)
+    elif kind is not float or math.isfinite(float(text)):
+        return kind(text)
+    raise ValueError(text)
+
+
+def fits(value, kind):
+    """Whether a value is of a type: whether its text is read as that value."""
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    with suppress(ValueError, re.error):
+        return parsed(text, kind) == value
 
 
 def check_choice(value, choices, what):
-    if value not in choices:
-        raise UserError(f"unknown {what} {value!r}, expected one of {', '.join(choices)}")
+    require(value in choices, f"unknown {what} {value!r}, expected one of {', '.join(choices)}")
 
 
 def check_fields(*configs):
@@ -453,5 +456,4 @@ def check_fields(*configs):
     for config in configs:
         for name, kind in get_type_hints(type(config), include_extras=True).items():
             value = getattr(config, name)
-            if not fits(value, kind):
-                raise UserError(f"{name} is {value!r}, expected {expected(kind)}")
+            require(fits(value, kind), f"{name} is {value!r}, expected {expected(kind)}")

@@ -26,6 +26,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import count, filterfalse, islice
+from os.path import exists
 from typing import Literal
 
 import torch
@@ -39,27 +40,11 @@ import sample
 import tokenizer
 from eval import evaluate
 from model import (
-    SIZES,
-    Device,
-    Dtype,
-    FITConfig,
-    ImageARConfig,
-    PanopticConfig,
-    Pix2SeqConfig,
-    RINConfig,
-    Switch,
-    UNetConfig,
-    adapt_weights,
-    build,
-    count_parameters,
-    image_loss,
-    load,
-    load_weights,
-    save,
-    set_checkpointing,
-    token_loss,
-)
-from tokenizer import Count, Fraction, Natural, NotNegative, Positive, Rate, Seed, UserError, frozen
+    SIZES, Device, Dtype, FITConfig, ImageARConfig, PanopticConfig, Pix2SeqConfig, RINConfig,
+    Switch, UNetConfig, adapt_weights, build, count_parameters, image_loss, load, load_weights,
+    save, set_checkpointing, token_loss)
+from tokenizer import (
+    Count, Fraction, Natural, NotNegative, Positive, Rate, Seed, UserError, frozen, require)
 
 
 @frozen
@@ -198,7 +183,7 @@ def make_model(c, device):
     """The network that c.model describes, with random weights, or those of c.optim.init_from."""
     torch.manual_seed(c.optim.seed)
     model = build(c.model)
-    if c.optim.init_from and not os.path.exists(f"{c.run.out}/last.pt"):
+    if c.optim.init_from and not exists(f"{c.run.out}/last.pt"):
         start_from(c.optim.init_from, model, c, device)
     set_checkpointing(model, c.run.checkpointing)
     return device.place(model)
@@ -207,10 +192,10 @@ def make_model(c, device):
 def learning_rate(step, o):
     """Learning rate of a step, counted from 0: a linear rise over warmup_steps, then a decay until
     `steps`. lr_schedule: linear | cosine | cosine@FRACTION (of the half wave) | exp@RATE | none."""
-    if not re.fullmatch(r"linear|none|cosine(@\d*\.?\d+)?|exp@\d*\.?\d+", o.lr_schedule):
-        raise UserError(
-            f"unknown lr_schedule {o.lr_schedule!r}, expected linear, cosine[@FRACTION], exp@RATE "
-            f"or none")
+    require(
+        re.fullmatch(r"linear|none|cosine(@\d*\.?\d+)?|exp@\d*\.?\d+", o.lr_schedule),
+        f"unknown lr_schedule {o.lr_schedule!r}, expected linear, cosine[@FRACTION], exp@RATE "
+        f"or none")
     kind, _, number = o.lr_schedule.partition("@")
     number = float(number or 1)
     if step < o.warmup_steps:
@@ -249,14 +234,15 @@ def prepare(c, device):
     for source in sources.values():
         for category in source.categories:
             known = categories.setdefault(category["id"], dict(category))
-            if known["name"] != category["name"]:
-                raise UserError(
-                    f"category {category['id']} has names {known['name']!r}, {category['name']!r}")
+            require(
+                known["name"] == category["name"],
+                f"category {category['id']} has names {known['name']!r}, {category['name']!r}")
             known.update(category)
     first, o = c.data.tasks[0], c.optim
     per_epoch = len(sources[first]) / batch_sizes(c)[first]
-    if not o.steps and (not o.epochs or sources[first].endless):
-        raise UserError("expected --steps, or where data ends --epochs")
+    require(
+        o.steps or o.epochs and not sources[first].endless,
+        "expected --steps, or where data ends --epochs")
     o = replace(
         o, steps=o.steps or round(o.epochs * per_epoch),
         warmup_steps=o.warmup_steps or round(o.warmup_epochs * per_epoch))
@@ -280,11 +266,11 @@ def open_folder(c, device):
     """Makes the run's folder, and locks it for as long as this process lives. UserError if another
     process has."""
     out = c.run.out
-    earlier = os.path.exists(out)
+    earlier = exists(out)
     os.makedirs(out, exist_ok=True)
     device.locked = locked(out)
     if c.run.fresh and earlier:
-        aside = next(filterfalse(os.path.exists, (f"{out}.{n}" for n in count(1))))
+        aside = next(filterfalse(exists, (f"{out}.{n}" for n in count(1))))
         os.rename(out, aside)
         device.say(f"moved the earlier run to {aside}")
         open_folder(c, device)
@@ -300,8 +286,8 @@ def locked(folder):
         except BlockingIOError:
             lock.seek(0)
             owner = lock.read()
-            if owner != process:
-                raise UserError(f"{folder}: process {owner} trains there, expected another --out")
+            require(
+                owner == process, f"{folder}: process {owner} trains there, expected another --out")
     lock.truncate(0)
     lock.write(process)
     lock.flush()
@@ -320,7 +306,7 @@ def summarize(c, device, sources):
         device.say(f"{name}: {row['images']} images; {len(learned)} classes: {kinds}")
         if not learned:
             tokenizer.notice(f"{name}: nothing to find, so no checkpoint is the best")
-    if not os.path.exists(f"{c.run.out}/last.pt"):
+    if not exists(f"{c.run.out}/last.pt"):
         with open(f"{c.run.out}/data.json", "w") as f:
             json.dump(found, f, indent=1)
 
@@ -329,9 +315,9 @@ def per_task(c, field, default=0):
     """{task: its value} of a field of c.optim that holds one value per task, or none."""
     tasks = c.data.tasks
     values = getattr(c.optim, field) or (default,) * len(tasks)
-    if len(values) != len(tasks):
-        raise UserError(
-            f"--{field} is {values}: expected {len(tasks)} numbers, for {','.join(tasks)}")
+    require(
+        len(values) == len(tasks),
+        f"--{field} is {values}: expected {len(tasks)} numbers, for {','.join(tasks)}")
     return dict(zip(tasks, values))
 
 
@@ -343,20 +329,22 @@ def batch_sizes(c):
 def check_tasks(c, device):
     """UserError if tasks are unknown or not for this network, or batches cannot be shared out."""
     tasks = c.data.tasks
-    if not tasks or len(set(tasks)) < len(tasks):
-        raise UserError(f"--tasks={','.join(tasks)}: expected one or more, each once")
+    require(
+        tasks and len(set(tasks)) == len(tasks),
+        f"--tasks={','.join(tasks)}: expected one or more, each once")
     for task in tasks:
-        if task not in c.model.TASKS:
-            raise UserError(
-                f"--tasks={','.join(tasks)}: {task!r} is no task of "
-                f"{type(c.model).__name__}, expected some of {','.join(c.model.TASKS)}")
-    if 0 not in per_task(c, "task_starts").values():
-        raise UserError("--task_starts: expected a task that starts at step 0")
+        require(
+            task in c.model.TASKS,
+            f"--tasks={','.join(tasks)}: {task!r} is no task of "
+            f"{type(c.model).__name__}, expected some of {','.join(c.model.TASKS)}")
+    require(
+        0 in per_task(c, "task_starts").values(),
+        "--task_starts: expected a task that starts at step 0")
     per_task(c, "task_weights", 1.0)
     for size in batch_sizes(c).values():
-        if size % (device.world * c.run.accumulate):
-            raise UserError(
-                f"a batch of {size} is not a multiple of {device.world} processes x --accumulate")
+        require(
+            not size % (device.world * c.run.accumulate),
+            f"a batch of {size} is not a multiple of {device.world} processes x --accumulate")
 
 
 LENGTHS = {                                            # c -> tokens of a task's longest sequence
@@ -371,12 +359,13 @@ def check_sequences(c):
     """UserError if sequences or vocabulary do not fit the network."""
     for task in c.data.tasks:
         length = LENGTHS[task](c)
-        if length > c.model.max_seq_len:
-            raise UserError(
-                f"{task} sequences have {length} tokens, max_seq_len is {c.model.max_seq_len}")
+        require(
+            length <= c.model.max_seq_len,
+            f"{task} sequences have {length} tokens, max_seq_len is {c.model.max_seq_len}")
     needed = c.vocab.text_end if "cap" in c.data.tasks else c.vocab.coord_shift + c.vocab.bins
-    if needed > c.model.vocab_size:
-        raise UserError(f"vocab_size is {c.model.vocab_size}, the tokens need {needed}")
+    require(
+        needed <= c.model.vocab_size,
+        f"vocab_size is {c.model.vocab_size}, the tokens need {needed}")
 
 
 def check_diffusion(c, source):
@@ -384,23 +373,24 @@ def check_diffusion(c, source):
     d, m = c.diffusion, c.model
     for schedule in (d.train_schedule, c.sampling.sample_schedule):
         diffusion.gamma_schedule(schedule)
-    if (d.pred_type == "x_softmax_xent") != (m.softmax_groups > 0):
-        raise UserError("pred_type x_softmax_xent and a UNet with softmax_groups belong together")
+    require(
+        (d.pred_type == "x_softmax_xent") == (m.softmax_groups > 0),
+        "pred_type x_softmax_xent and a UNet with softmax_groups belong together")
     if isinstance(m, PanopticConfig):
         most = max(c.data.max_segments - 1, *(row["label"] for row in c.categories))
-        if d.bits != "ids" or m.channels % 2 or most >> m.channels // 2:
-            raise UserError(
-                f"bits {d.bits!r}, channels {m.channels}: expected 'ids', twice the bits of {most}")
+        require(
+            d.bits == "ids" and not m.channels % 2 and most < 1 << m.channels // 2,
+            f"bits {d.bits!r}, channels {m.channels}: expected 'ids', twice the bits of {most}")
         return
     codes = {"": 1, **diffusion.RGB_CODES}             # channels of a colour
     channels = c.data.image_channels * codes.get(d.bits, 0)
-    if m.channels != channels:
-        raise UserError(
-            f"channels is {m.channels}, but image_channels={c.data.image_channels} with "
-            f"bits={d.bits!r} are {channels}")
-    if m.num_classes not in (0, len(source.classes)):
-        raise UserError(
-            f"num_classes is {m.num_classes}, but the data has {len(source.classes)} classes")
+    require(
+        m.channels == channels,
+        f"channels is {m.channels}, but image_channels={c.data.image_channels} with "
+        f"bits={d.bits!r} are {channels}")
+    require(
+        m.num_classes in (0, len(source.classes)),
+        f"num_classes is {m.num_classes}, but the data has {len(source.classes)} classes")
 
 
 def worker_count(c):
@@ -554,7 +544,7 @@ def resume(c, device, model, average, optimizer):
     naming what differs, if it is of another run: only `sampling` and `run` may change, and `steps`
     grow."""
     path = f"{c.run.out}/last.pt"
-    if not os.path.exists(path):
+    if not exists(path):
         return 0, -math.inf
     try:
         saved = load(path)
@@ -569,9 +559,9 @@ def resume(c, device, model, average, optimizer):
         then["steps"] = now["steps"]
     changed = [f"{key}: {then.get(key)} there, {value} here"
                for key, value in now.items() if then.get(key) != value]
-    if changed:
-        raise UserError(
-            f"{path} is of another run ({'; '.join(changed)}): expected another --out, or --fresh")
+    require(
+        not changed,
+        f"{path} is of another run ({'; '.join(changed)}): expected another --out, or --fresh")
     load_weights(model, saved["model"])
     try:
         optimizer.load_state_dict(saved["optimizer"])
@@ -602,11 +592,13 @@ def start_from(path, model, c, device):
     """Fills a model with the weights of another run, and says what was adapted. UserError, naming
     everything, if they do not fit and c.optim.adapt is not given."""
     donor, there = sample.read_model(sample.find_checkpoint(path))
-    if type(donor) is not type(model):
-        raise UserError(f"{path} holds a {type(donor).__name__}, not a {type(model).__name__}")
+    require(
+        type(donor) is type(model),
+        f"{path} holds a {type(donor).__name__}, not a {type(model).__name__}")
     for name, value in vars(there.vocab).items():
-        if name != "pieces" and value != getattr(c.vocab, name):
-            raise UserError(f"{path} has {name} {value}, not {getattr(c.vocab, name)}")
+        require(
+            name == "pieces" or value == getattr(c.vocab, name),
+            f"{path} has {name} {value}, not {getattr(c.vocab, name)}")
     then, now = ({category["label"]: category["name"] for category in config.categories}
                  for config in (there, c))
     # A class that the checkpoint knows by its number alone may be called anything.
@@ -653,7 +645,7 @@ class Log:
             total=c.optim.steps, initial=start, disable=device.quiet, dynamic_ncols=True)
         if not device.first:
             return
-        if os.path.exists(self.path):                  # forget what came after the last checkpoint
+        if exists(self.path):                  # forget what came after the last checkpoint
             kept = []
             with open(self.path, errors="replace") as f:
                 for line in f:
@@ -714,9 +706,9 @@ class Log:
     def check_finite(self):
         """The last losses, for which it waits. UserError if one is not finite."""
         losses = {task: loss.item() for task, loss in self.losses.items()}
-        if not math.isfinite(sum(losses.values())):
-            raise UserError(
-                f"the loss is {losses}; lower --lr or set --clip_norm; last.pt is from before it")
+        require(
+            math.isfinite(sum(losses.values())),
+            f"the loss is {losses}; lower --lr or set --clip_norm; last.pt is from before it")
         return losses
 
     def evaluated(self, step, metrics):
@@ -1543,8 +1535,7 @@ def bench_against(folder):
     for n, script in enumerate(3 * scripts):
         done = subprocess.run(
             [sys.executable, script, *options, "--bench"], stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise UserError(f"{script}: --bench failed, exit code {done.returncode}")
+        require(not done.returncode, f"{script}: --bench failed, exit code {done.returncode}")
         for name, ms in re.findall(r"^(.+?) +([\d.]+) ms", done.stdout, re.M):
             times.setdefault(name, ([], []))[n % 2].append(float(ms))
     print(f"{'':12}{'there':>10}{'here':>10}  times as fast")
