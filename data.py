@@ -12,8 +12,6 @@ random crops in generation.
 
     python data.py --export DIR --count 1000            # write the synthetic shapes as COCO's files
 """
-import argparse
-import contextlib
 import glob
 import gzip
 import itertools
@@ -26,15 +24,17 @@ import signal
 import zlib
 from array import array
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
-from os.path import exists, getmtime, isdir, isfile, relpath, splitext
+from os.path import dirname, exists, getmtime, isdir, isfile, join, relpath, splitext
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.random import default_rng
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 
 import tokenizer
@@ -103,12 +103,10 @@ class Batch(NamedTuple):
 
     def to(self, device):
         """The same on the device, images as float (B, 3, H, W) in [0, 1]."""
-        def put(fields):
-            return {
-                name: x.to(device, non_blocking=True)
-                for name, x in fields.items() if torch.is_tensor(x)}
+        def put(x):
+            return x.to(device, non_blocking=True)
 
-        batch = self._replace(**put(self._asdict()), cond=put(self.cond))
+        batch = tree_map_only(torch.Tensor, put, self)
         if self.images is None:
             return batch
         return batch._replace(images=to_images(batch.images, batch.sizes))
@@ -140,34 +138,36 @@ class View:
     canvas: tuple                                      # height, width
     flip: bool = False
 
+    def __post_init__(self):
+        self.start = self.top, self.left               # as (y, x), for what is made of points
+        self.size = self.bottom - self.top, self.right - self.left
+        self.shown = self.height, self.width
+
     def image(self, image, method=Image.BILINEAR):
         """PIL RGB -> uint8 (canvas height, canvas width, 3), zero outside of (height, width)."""
         box = self.left, self.top, self.right, self.bottom
-        part = np.asarray(image.resize((self.width, self.height), method, box=box))
+        part = image.resize(self.shown[::-1], method, box)
         if self.flip:
-            part = part[:, ::-1]
-        pixels = np.zeros((*self.canvas, *part.shape[2:]), part.dtype)
-        pixels[:self.height, :self.width] = part
-        return pixels
+            part = ImageOps.mirror(part)
+        canvas = Image.new(image.mode, self.canvas[::-1])
+        canvas.paste(part)
+        return np.array(canvas)
 
     def to_view(self, yx):
         """(..., 2) pixels of the image -> fractions of the rectangle, mirrored with it."""
-        size = self.bottom - self.top, self.right - self.left
-        yx = (yx - (self.top, self.left)) / size
+        yx = (yx - self.start) / self.size
         if self.flip:
             yx[..., 1] = 1 - yx[..., 1]
         return yx
 
     def to_canvas(self, yx):
         """(..., 2) fractions of the rectangle -> fractions of the padded canvas."""
-        return yx * (self.height / self.canvas[0], self.width / self.canvas[1])
+        return yx * np.divide(self.shown, self.canvas)
 
     def to_image(self, yx):
         """(..., 2) fractions of the padded canvas -> pixels of the image, for views that predict,
         which are never mirrored."""
-        size = self.bottom - self.top, self.right - self.left
-        yx = yx * (self.canvas[0] / self.height, self.canvas[1] / self.width)
-        return yx * size + (self.top, self.left)
+        return yx * np.divide(self.canvas, self.shown) * self.size + self.start
 
 
 def whole(image):
@@ -221,14 +221,12 @@ def det_example(record, c, rng):
         boxes = np.concatenate([boxes, noise_boxes(boxes, missing, rng)])
         labels = np.append(labels, [tokenizer.FAKE_LABEL] * missing)
     objects = pad_objects(view, boxes, labels, d.max_objects)
-    corrupt = rng.random((d.max_objects, 2), np.float32)
-    return pixels_of(view, image) | objects | {"corrupt": corrupt}
+    return pixels_of(view, image) | objects | {
+        "corrupt": rng.random((d.max_objects, 2), np.float32)}
 
 
 def pixels_of(view, image):
-    return {
-        "image": view.image(image),
-        "size": np.array([view.height, view.width])}
+    return {"image": view.image(image), "size": np.array(view.shown)}
 
 
 def shown_objects(view, record, most, rng, usable=True):
@@ -429,11 +427,11 @@ def seg_example(record, c, rng):
     d, image = c.data, record["image"]
     view = train_view(
         whole(image), c.model.image_size, rng, d.instance_scale_min, d.instance_scale_max, d.flip)
-    has_polygons = np.array(list(map(bool, record["polygons"])), bool)
+    has_polygons = np.fromiter(map(bool, record["polygons"]), bool)
     order, boxes = shown_objects(view, record, d.max_instances, rng, has_polygons)
     objects = pad_objects(view, boxes, record["labels"][order], d.max_instances)
-    polygons = [record["polygons"][i] for i in order]
-    points = polygon_points(view, polygons, d.max_instances, d.max_points)
+    points = polygon_points(
+        view, [record["polygons"][i] for i in order], d.max_instances, d.max_points)
     return pixels_of(view, image) | objects | {"points": points}
 
 
@@ -528,8 +526,9 @@ def cap_example(record, c, rng):
     texts, count = record["captions"] or [""], d.captions_per_image
     texts = texts * -(-count // len(texts))
     chosen = [texts[i] for i in rng.permutation(len(texts))[:count]]
-    drop = rng.random((count, d.caption_length), np.float32)
-    return pixels_of(view, image) | {"captions": chosen, "drop": drop}
+    return pixels_of(view, image) | {
+        "captions": chosen,
+        "drop": rng.random((count, d.caption_length), np.float32)}
 
 
 def cap_batch(x, c):
@@ -633,7 +632,7 @@ def id_maps(record, view, c, rng):
 
 def on_canvas(view, canvas):
     """The same view on another canvas."""
-    sides = zip((view.height, view.width), canvas, view.canvas)
+    sides = zip(view.shown, canvas, view.canvas)
     height, width = (max(round(shown * new / old), 1) for shown, new, old in sides)
     return replace(view, height=height, width=width, canvas=canvas)
 
@@ -680,13 +679,13 @@ def make_source(c, split, task="det"):
     require(
         c.data.data in choices,
         f"data is {c.data.data!r}, expected one of {', '.join(choices)} for the task {task}")
-    source, known = choices[c.data.data](c, split), {k["label"]: k["name"] for k in c.categories}
+    source = choices[c.data.data](task, c, split)
+    known = {k["label"]: k["name"] for k in c.categories if getattr(c.model, "num_classes", 1)}
     for row in source.categories:
         label = row["label"]
-        if known and getattr(c.model, "num_classes", 1) and (
-                known.get(label) not in (row["name"], str(label))):        # or known by number
-            raise UserError(
-                f"the {split} data's class {label} is {row['name']!r}, not {known.get(label)!r}")
+        require(
+            not known or known.get(label) in (row["name"], str(label)),    # or known by number
+            f"the {split} data's class {label} is {row['name']!r}, not {known.get(label)!r}")
     return source
 
 
@@ -722,6 +721,8 @@ COCO_FILES = {
     "seg": ("instances", "json"),
     "kpt": ("person_keypoints", "keypoints"),
     "cap": ("captions", "captions"),
+    "pan": ("panoptic", "json"),
+    "vps": ("panoptic", "json"),
 }
 IMAGE_KINDS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
 LAYOUTS = {                                            # what the user puts into data_dir
@@ -750,58 +751,42 @@ def check_folder(folder, expected):
     require(isdir(folder), f"{folder}: no such folder, expected {expected}")
 
 
-def drawn_options(c, split):
-    """Seed, count and max_shapes of a drawn dataset; in training there is no end."""
-    d = c.data
-    return d.data_seed, None if split == "train" else d.val_count, d.max_shapes
-
-
-def shapes_source(c, split):
-    return Shapes(split, max(c.model.image_size), 1, *drawn_options(c, split))
+def shapes_source(task, c, split):
+    """What is drawn for a task; in training there is no end."""
+    d, past = c.data, getattr(c.model, "past_frames", 0)
+    if task in ("gen", "ar"):
+        kind, (frames, *size) = ShapeClips, clip_shape(c)
+    else:
+        kind = ShapeMaps if task in ("pan", "vps") else Shapes
+        frames, size = d.clip_frames if past else 1, c.model.image_size
+    count = None if split == "train" else d.val_count
+    return kind(split, max(size), frames, d.data_seed, count, d.max_shapes, past)
 
 
 def coco_source(task, c, split):
-    kind, field = COCO_FILES[task]                     # a test split is in data_dir
-    own = f"{c.data.data_dir}/annotations/{kind}_{split}2017.json"
+    """Its files are where the options --SPLIT_NAME say, or in data_dir as usual. UserError if
+    neither tells."""
+    folder, (kind, field) = c.data.data_dir, COCO_FILES[task]
+    own = f"{folder}/annotations/{kind}_{split}2017.json"
     if task == "kpt" and not (getattr(c.data, f"{split}_{field}", "") or exists(own)):
         kind, field = COCO_FILES["det"]                # which may hold keypoints, too
-    usual = {field: f"annotations/{kind}_{split}2017.json", "images": f"{split}2017"}
-    paths = coco_paths(c, split, usual)
-    return Coco(*paths, c.vocab.max_label, c.data.bad_boxes, task, c.categories)
-
-
-def coco_paths(c, split, usual):
-    """What the options --SPLIT_NAME say, or {NAME: its usual path in data_dir}. UserError if
-    neither does."""
-    folder = c.data.data_dir
-    paths = [
+    stem = f"annotations/{kind}_{split}2017"
+    usual = {field: f"{stem}.json", "masks": stem, "images": f"{split}2017"}
+    if kind != "panoptic":
+        del usual["masks"]
+    paths = [                                          # a test split is in data_dir
         getattr(c.data, f"{split}_{name}", "") or folder and f"{folder}/{path}"
         for name, path in usual.items()]
     require(
         all(paths),
         f"data is 'coco': name a folder in COCO's layout with --data_dir, or all of "
         f"{', '.join(f'--{split}_{name}' for name in usual)}")
-    return paths
+    if kind == "panoptic":
+        return coco_maps(*paths, c.model.past_frames, known=c.categories)
+    return Coco(*paths, c.vocab.max_label, c.data.bad_boxes, task, c.categories)
 
 
-def clips_source(c, split):
-    frames, *size = clip_shape(c)
-    return ShapeClips(split, max(size), frames, *drawn_options(c, split))
-
-
-def shape_maps_source(c, split):
-    size, past = max(c.model.image_size), c.model.past_frames
-    frames = c.data.clip_frames if past else 1
-    return ShapeMaps(split, size, frames, *drawn_options(c, split), past)
-
-
-def coco_maps_source(c, split):
-    masks = f"annotations/panoptic_{split}2017"
-    usual = {"json": f"{masks}.json", "masks": masks, "images": f"{split}2017"}
-    return coco_maps(*coco_paths(c, split, usual), c.model.past_frames, known=c.categories)
-
-
-def files_source(c, split):
+def files_source(task, c, split):
     folder, kind = c.data.data_dir, c.data.data
     require(
         folder,
@@ -822,15 +807,10 @@ def files_source(c, split):
     return reader(folder, split, *options)
 
 
-# of each task what --data can be, a function of (c, split)
-SOURCES = {
-    task: {"shapes": shapes_source, "coco": partial(coco_source, task)} for task in COCO_FILES}
-SOURCES["pan"] = SOURCES["vps"] = {
-    "shapes": shape_maps_source,
-    "coco": coco_maps_source,
-    **dict.fromkeys(MASK_LAYOUTS, files_source),
-}
-SOURCES["gen"] = SOURCES["ar"] = {"shapes": clips_source} | dict.fromkeys(LAYOUTS, files_source)
+# of each task what --data can be, a function of (task, c, split)
+SOURCES = dict.fromkeys(COCO_FILES, {"shapes": shapes_source, "coco": coco_source})
+SOURCES["pan"] = SOURCES["vps"] = SOURCES["det"] | dict.fromkeys(MASK_LAYOUTS, files_source)
+SOURCES["gen"] = SOURCES["ar"] = {"shapes": shapes_source} | dict.fromkeys(LAYOUTS, files_source)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1106,7 +1086,7 @@ class ShapeClips(Drawn):
         """
         rng = default_rng((*self.seeds, i, 2))         # 2: unlike Shapes
         shape = random_shape(rng, random_look(rng), 0.22, 0.36)
-        grey = tuple(rng.integers(40, 130, 3).tolist())
+        grey = tuple(rng.integers(40, 130, 3))
         background = Image.new("RGB", (self.size, self.size), grey)
         turn, speed = rng.uniform(0, 2 * np.pi), rng.uniform(0.03, 0.08)
         track = moving(
@@ -1187,8 +1167,8 @@ def export_shapes(folder, count, size, image_format):
         os.makedirs(f"{folder}/{split}2017", exist_ok=True)
         number = count if split == "train" else min(count, 500)
         source = Shapes(split, size, count=number)
-        for task, (kind, _) in COCO_FILES.items():
-            with open(f"{folder}/annotations/{kind}_{split}2017.json", "w") as f:
+        for task in ("det", "kpt", "cap"):             # those of seg are det's
+            with open(f"{folder}/annotations/{COCO_FILES[task][0]}_{split}2017.json", "w") as f:
                 json.dump(source.truth(task, image_format), f)
         for i in range(number):
             source[i]["image"].save(
@@ -1199,7 +1179,7 @@ def export_shapes(folder, count, size, image_format):
 # coco: images and JSON files of the user's
 
 # Others may call programs.
-FORMATS = "JPEG", "PNG", "WEBP", "BMP", "PPM", "GIF", "TIFF"
+FORMATS = "JPEG PNG WEBP BMP PPM GIF TIFF".split()
 
 
 def open_image(path):
@@ -1221,7 +1201,7 @@ def load_image(path, size=None):
     if it cannot be read or fits neither way."""
     stored = open_image(path)
     for image in (ImageOps.exif_transpose(stored), stored):
-        height, width = image.height, image.width
+        width, height = image.size
         if size is None or (height, width) == size:
             return to_rgb(image)
     raise UserError(
@@ -1231,13 +1211,13 @@ def load_image(path, size=None):
 def to_rgb(image):
     """PIL image of any mode -> RGB; 16 bits are scaled, transparency becomes white."""
     if image.mode.startswith(("I", "F")):              # convert() would clip, not scale
-        pixels = np.asarray(image).astype(float)
+        pixels = np.asarray(image, float)
         top = 65535 if pixels.max() > 255 else 255 if image.mode != "F" else 1
         pixels = pixels.clip(0, top) * (255 / top)
         image = Image.fromarray(pixels.round().astype(np.uint8))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
 
 
@@ -1246,17 +1226,17 @@ class Packed:
     memory, and every worker that looks at one would copy it."""
 
     def __init__(self):
-        self.content, self.ends = bytearray(), array("q", [0])
+        self.content, self.starts = bytearray(), array("q")
 
     def __getitem__(self, n):
-        return pickle.loads(self.content[self.ends[n]:self.ends[n + 1]])
+        return pickle.loads(memoryview(self.content)[self.starts[n]:])     # it knows its own end
 
     def __len__(self):
-        return len(self.ends) - 1
+        return len(self.starts)
 
     def append(self, row):
+        self.starts.append(len(self.content))
         self.content += pickle.dumps(row, pickle.HIGHEST_PROTOCOL)
-        self.ends.append(len(self.content))
 
 
 class Coco(Source):
@@ -1285,17 +1265,17 @@ class Coco(Source):
         self.categories = list(self.category.values())
         self.classes = [category["name"] for category in self.categories]
         self.most = check_keypoints(json_path, self.categories) if task in PER_PERSON else 0
-        places = np.array(self.checked(bad_boxes), int)
-        self.rows = places.argsort(kind="stable")      # numbers of annotations, by image
-        self.starts = np.searchsorted(places[self.rows], range(len(self.images) + 1))
+        # Of each image the numbers of its annotations, which would take more memory as lists.
+        self.rows = {image_id: array("q") for image_id in self.sizes}
+        self.share_out(bad_boxes)
 
-    def checked(self, bad_boxes):
-        """Of each annotation the number of its image, -1 to leave it out. UserError with all that
-        is wrong."""
+    def share_out(self, bad_boxes):
+        """Gives the annotations to their images, but those to leave out, which it counts. UserError
+        with all that is wrong."""
         path, task, sizes = self.json_path, self.task, self.sizes
-        rules = annotation_rules(task, sizes, self.category)
-        check_rows(path, {"annotations": self.annotations}, rules)
-        numbers, places, bad = {image_id: i for i, image_id in enumerate(sizes)}, [], []
+        check_rows(
+            path, {"annotations": self.annotations}, annotation_rules(task, sizes, self.category))
+        bad = []
         corners = fractions = task != "cap"
         for n, a in enumerate(self.annotations):
             (height, width), why = sizes[a["image_id"]], None
@@ -1308,55 +1288,53 @@ class Coco(Source):
                 x, y, w, h = a["bbox"]
                 corners &= x < w <= width + 1 and y < h <= height + 1
                 fractions &= max(x + w, y + h) <= 1
-                inside = min(x, y) >= -1 and x + w <= width + 1 and y + h <= height + 1
-                if not (inside and min(w, h) > 0):
+                beyond = min(x, y) < -1 or x + w > width + 1 or y + h > height + 1
+                if beyond or min(w, h) == 0:
                     why = BAD_BOXES
                     place = described(f"annotations[{n}]", a, a["bbox"])
                     bad.append(f"{place} in {width}x{height}")
                 elif task == "seg" and not mask_of(a, (height, width)):
                     why = "masks have no polygon of three points"
-            places.append(-1 if why else numbers[a["image_id"]])
             if why:
                 self.left_out[why] += 1
-            elif not a.get("iscrowd"):
+                continue
+            self.rows[a["image_id"]].append(n)
+            if not a.get("iscrowd"):
                 if task == "seg" and isinstance(a["segmentation"], dict):
                     self.left_out["masks of run lengths are not learned from"] += 1
                 else:
                     self.learned[name] += 1
         require(
-            not (fractions and places), f"{path}: all boxes lie between 0 and 1, expected pixels")
-        if bad and (bad_boxes == "error" or corners):
+            not (fractions and self.annotations),
+            f"{path}: all boxes lie between 0 and 1, expected pixels")
+        if bad_boxes == "error" or corners:
             hint = "they look like x1 y1 x2 y2" if corners else "--bad_boxes=drop leaves them out"
             refuse(path, {f"{BAD_BOXES}, expected x y width height; {hint}": bad})
-        self.say_left_out(self.left_out)
-        return places
+        self.say_left_out()
 
     def __len__(self):
         return len(self.images)
 
-    def of_image(self, i):
-        """Annotations of image i."""
-        return [self.annotations[n] for n in self.rows[self.starts[i]:self.starts[i + 1]]]
+    def of_image(self, image):
+        """Annotations of an image, one of `images`."""
+        return [self.annotations[n] for n in self.rows[image["id"]]]
 
     def __getitem__(self, i):
-        image, found = self.images[i], self.of_image(i)
-        size = image["height"], image["width"]
-        path = os.path.join(self.image_dir, image["file_name"])
-        picture = load_image(path, size)
+        image = self.images[i]
+        size, found = self.sizes[image["id"]], self.of_image(image)
+        path = join(self.image_dir, image["file_name"])
+        record = {"image": load_image(path, size), "image_id": image["id"]}
         if self.task == "cap":
-            captions = [a["caption"].strip() for a in found]
-            return {"image": picture, "image_id": image["id"], "captions": captions}
-        x, y, w, h = np.array([a["bbox"] for a in found], np.float32).reshape(-1, 4).T
-        boxes = np.stack([y, x, y + h, x + w], -1)
-        keypoints = np.array([self.keypoints_of(a) for a in found], np.float32)
-        return {
-            "image": picture,
-            "image_id": image["id"],
+            return record | {"captions": [a["caption"].strip() for a in found]}
+        xy_wh = np.array([a["bbox"] for a in found], np.float32).reshape(-1, 2, 2)
+        boxes = xy_wh[..., ::-1].cumsum(1).reshape(-1, 4)
+        return record | {
             "labels": np.array([self.category[a["category_id"]]["label"] for a in found], np.int64),
             "boxes": boxes.clip(0, np.array(size * 2, np.float32)),
             "iscrowd": np.array([a.get("iscrowd") for a in found], bool),
             "polygons": [polygons_of(a, size) if self.task == "seg" else [] for a in found],
-            "keypoints": keypoints.reshape(len(found), self.most, 3)[..., [1, 0, 2]],
+            "keypoints": np.array([self.keypoints_of(a) for a in found], np.float32).reshape(
+                len(found), self.most, 3)[..., [1, 0, 2]],
         }
 
     def keypoints_of(self, a):
@@ -1367,7 +1345,8 @@ class Coco(Source):
     def people(self):
         """(image, object) numbers of annotations with a labelled keypoint that are no crowds."""
         return [
-            (i, n) for i in range(len(self)) for n, a in enumerate(self.of_image(i))
+            (i, n) for i, image in enumerate(self.images)
+            for n, a in enumerate(self.of_image(image))
             if any(self.keypoints_of(a)[2::3]) and not a.get("iscrowd")]
 
     def person(self, i):
@@ -1379,17 +1358,16 @@ class Coco(Source):
         """The dataset as a dict in COCO's format, without what was left out. Every task has its own
         file."""
         annotations = []
-        for i, image in enumerate(self.images):
-            for a in map(without_null, self.of_image(i)):
+        for image in self.images:
+            for a in map(without_null, self.of_image(image)):
                 if task != "cap":
-                    _, _, w, h = a["bbox"]
                     category, keypoints = self.category[a["category_id"]], self.keypoints_of(a)
                     if task in PER_PERSON and not count_keypoints(category):
                         continue
                     a = {
                         "iscrowd": 0,
                         **a,
-                        "area": a.get("area") or w * h,
+                        "area": a.get("area") or math.prod(a["bbox"][2:]),
                         "category_id": category["id"],
                         "keypoints": keypoints,
                         "num_keypoints": sum(map(bool, keypoints[2::3])),
@@ -1406,58 +1384,69 @@ class Coco(Source):
 
     def summary(self, c):
         """What there is to learn from, and what is left out, in numbers."""
-        more = Counter()
         if self.task == "det":
-            counts = np.diff(self.starts)
-            over = counts[counts > c.data.max_objects]
-            more[f"images have more objects than --max_objects, up to {max(counts)}"] = len(over)
+            counts = list(map(len, self.rows.values()))
+            over = f"images have more objects than --max_objects, up to {max(counts)}"
+            self.left_out[over] = sum(count > c.data.max_objects for count in counts)
         if self.task == "cap":
-            more["captions are cut to --caption_length"] = sum(
+            self.left_out["captions are cut to --caption_length"] = sum(
                 len(c.vocab.text.encode(a["caption"])) > c.data.caption_length
-                for i in range(len(self)) for a in self.of_image(i))
-        self.say_left_out(more)
-        left_out = dict(self.left_out + more)
-        return {"images": len(self), "learned": dict(self.learned), "left out": left_out}
+                for image in self.images for a in self.of_image(image))
+        self.say_left_out()
+        return {
+            "images": len(self),
+            "learned": dict(self.learned),
+            "left out": dict(+self.left_out)}          # without zeros
 
-    def say_left_out(self, counts):
-        for what, number in (+counts).items():
+    def say_left_out(self):
+        for what, number in (+self.left_out).items():
             tokenizer.notice(f"{self.json_path}: left out: {number} {what}")
 
 
-IMAGE_KEYS = "id", "file_name", "height", "width"
+IMAGE_KEYS = "id file_name height width".split()
 BAD_BOXES = "boxes are empty or outside their image"
 
 
-# Rules: of each key what is expected, and a test of (value, row). With a ? it may be missing.
+# Rules: of each key what is expected, and a test of (value, row), or a dict of all right values.
+# With a ? it may be missing.
 
-def annotation_rules(task, sizes, categories):
-    """sizes: {image id: (height, width)}; categories: {id: row}"""
+def annotation_rules(kind, sizes, categories):
+    """Those of a kind of ROWS. sizes: {image id: (height, width)}; categories: {id: row}"""
+    def are_keypoints(v, row):
+        right = are_numbers(v, 3 * count_keypoints(categories[row["category_id"]]))
+        return right if "results" in kind else not v or right and {0, 1, 2}.issuperset(v[2::3])
+
     rules = {
-        "image_id": ("the id of an image", lambda v, row: v in sizes),
-        "id?": ("a number that no other has", once()),
-    }
-    if task == "cap":
-        return rules | {"caption?": ("text", lambda v, row: type(v) is str)}
-    rules |= {
-        "category_id": ("the id of a category", lambda v, row: v in categories),
+        "image_id": ("the id of an image", sizes),
+        "id": ("a number that no other has", once()),
+        "caption": ("text", lambda v, row: type(v) is str),
+        "category_id": ("the id of a category", categories),
         "bbox": (
             "x y width height in pixels",
             lambda v, row: are_numbers(v, 4) and min(v[2:]) >= 0),
-        "iscrowd?": IS_CROWD,
-        "area?": ("a number of at least 0", lambda v, row: is_number(v) and v >= 0),
-    }
-    if task == "seg":
-        rules["segmentation?"] = (
+        "iscrowd": IS_CROWD,
+        "area": ("a number of at least 0", lambda v, row: is_number(v) and v >= 0),
+        "segmentation": (
             "polygons, or run lengths that are as many pixels as its image has",
-            lambda v, row: type(v) is list or are_runs(v, sizes[row["image_id"]]))
-    if task in PER_PERSON:
-        def are_keypoints(v, row):
-            count = count_keypoints(categories[row["category_id"]])
-            return not v or are_numbers(v, 3 * count) and {0, 1, 2}.issuperset(v[2::3])
+            lambda v, row: type(v) is list or are_runs(v, sizes[row["image_id"]])),
+        "keypoints": (
+            "x y visibility (0, 1 or 2) of each keypoint of its category", are_keypoints),
+        "score": ("a number", is_number),
+    }
+    return {key: rules[key.rstrip("?")] for key in ROWS[kind].split()}
 
-        rules["keypoints?"] = (
-            "x y visibility (0, 1 or 2) of each keypoint of its category", are_keypoints)
-    return rules
+
+OBJECT = "image_id id? category_id bbox iscrowd? area?"
+ROWS = {                               # what rows of annotations have, or of results
+    "det": OBJECT,
+    "seg": f"{OBJECT} segmentation?",
+    "kpt": f"{OBJECT} keypoints?",
+    "cap": "image_id id? caption?",
+    "det results": "image_id category_id bbox score",
+    "seg results": "image_id category_id segmentation score",
+    "kpt results": "image_id category_id keypoints score",
+    "cap results": "image_id caption",
+}
 
 
 def is_number(v, row=None):
@@ -1482,10 +1471,10 @@ def once(kinds=(int, str)):
 
     def test(v, row):
         kind = type(next(iter(seen), v))               # either all are numbers or all are text
-        if type(v) not in kinds or type(v) is not kind or v in seen:
-            return False
-        seen.add(v)
-        return True
+        is_new = type(v) is kind and kind in kinds and v not in seen
+        if is_new:
+            seen.add(v)
+        return is_new
 
     return test
 
@@ -1506,12 +1495,13 @@ def run_lengths(text):
     """COCO's text of run lengths -> list of them: five bits per letter, the lowest first, and from
     the third on the difference to the one before the last."""
     runs, value, shift = [], 0, 0
-    for letter in map(ord, text):
-        value |= (letter - 48 & 31) << shift
+    for letter in text:
+        bits = ord(letter) - 48
+        value |= (bits & 31) << shift
         shift += 5
-        if letter - 48 & 32:
+        if bits & 32:
             continue
-        if letter - 48 & 16:
+        if bits & 16:
             value -= 1 << shift
         runs.append(value + (runs[-2] if len(runs) > 2 else 0))
         value = shift = 0
@@ -1535,10 +1525,10 @@ def check_rows(path, lists, rules):
                 key = rule.rstrip("?")
                 value = row.get(key)
                 try:
-                    right = value is None and key != rule or test(value, row)
+                    right = value in test if isinstance(test, dict) else test(value, row)
                 except (TypeError, ValueError, ArithmeticError, LookupError):
                     right = False
-                if not right:
+                if not (right or value is None and key != rule):
                     what = f"wrong values of {key}, expected {expected}"
                     problems.setdefault(what, []).append(described(place, row, value))
     refuse(path, problems)
@@ -1547,18 +1537,18 @@ def check_rows(path, lists, rules):
 def refuse(path, problems):
     """UserError about a file if there is any {what: names of those}: the first three names of the
     first kind, and how many there are of each other one."""
-    kinds = [(f"{len(names)} {what}", names) for what, names in problems.items() if names]
+    kinds = {f"{len(names)} {what}": names for what, names in problems.items() if names}
     if kinds:
-        (first, names), *others = kinds
+        first, *others = kinds
+        names = kinds[first]
         shown = ", ".join(map(str, names[:3]))
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        rest = "".join(f"; {kind}" for kind, _ in others)
-        raise UserError(f"{path}: {first}: {shown}{more}{rest}")
+        raise UserError("; ".join([f"{path}: {first}: {shown}{more}", *others]))
 
 
 def check_keypoints(path, categories):
     """How many keypoints categories have. UserError if none has any, or some have more."""
-    counts = {row["name"]: count_keypoints(row) for row in categories if row.get("keypoints")}
+    counts = {row["name"]: count_keypoints(row) for row in categories if count_keypoints(row)}
     require(
         len(set(counts.values())) == 1,
         f"{path}: keypoints of categories: {counts or 'none'}, expected lists of one length")
@@ -1579,14 +1569,11 @@ def mask_of(a, size):
     parts, found = a.get("segmentation"), []
     if not isinstance(parts, list):
         return parts
-    if not all(isinstance(part, list) for part in parts) or {2} == set(map(len, parts)):
-        parts = [parts]
-    middle = np.array(size[::-1]) / 2
-    for part in parts:
-        with contextlib.suppress(TypeError, ValueError, OverflowError):
+    for part in (parts, *parts):                       # all of them may be one polygon
+        with suppress(TypeError, ValueError, OverflowError):
             given = np.array(part, float)
             xy = given.reshape(-1, 2)
-            near = np.abs(xy - middle) <= 3 * middle               # NaN is not
+            near = np.abs(xy / size[::-1] - 0.5) <= 1.5            # NaN is not
             if len(xy) >= 3 and given.shape[1:] in ((), (2,)) and near.all():
                 found.append(given.ravel().tolist())
     return found or None
@@ -1619,13 +1606,12 @@ def read_annotations(path, time):
     return truth, packed
 
 
-def read_results(path, sizes, categories):
-    """Boxes in COCO's format of results. UserError for what is wrong. sizes: {image id: (height,
+def read_results(path, sizes, categories, task="det"):
+    """Results of a task in COCO's format. UserError for what is wrong. sizes: {image id: (height,
     width)}; categories: {id: row}"""
-    rows, rules = parse_json(path), annotation_rules("det", sizes, categories)
+    rows = parse_json(path)
     require(isinstance(rows, list), f"{path}: expected a list, as in COCO's format of results")
-    rules = {key: rules[key] for key in ("image_id", "category_id", "bbox")}
-    check_rows(path, {"results": rows}, rules | {"score": ("a number", is_number)})
+    check_rows(path, {"results": rows}, annotation_rules(f"{task} results", sizes, categories))
     return rows
 
 
@@ -1633,8 +1619,6 @@ def image_sizes(path, truth, image_dir):
     """{image id: (height, width)} of a file in COCO's format. UserError if what is said about its
     images is wrong; image_dir: the folder that has them, if it is to be looked at."""
     images = truth["images"]
-    if image_dir is not None:
-        check_folder(image_dir, f"the images of {path}")
     check_rows(path, {"images": images}, {
         "id": ("a number or text that no other has", once()),
         "file_name": ("the name of a file", is_text),
@@ -1642,7 +1626,8 @@ def image_sizes(path, truth, image_dir):
         "width": PIXELS,
     })
     require(images, f"{path}: no images")
-    if image_dir:
+    if image_dir is not None:
+        check_folder(image_dir, f"the images of {path}")
         refuse(path, {f"images are not in {image_dir}": missing_files(image_dir, images)})
     return {image["id"]: (image["height"], image["width"]) for image in images}
 
@@ -1673,8 +1658,8 @@ def missing_files(folder, rows):
     """The file names of rows (paths relative to the folder) that it lacks; lists each folder once,
     not each file."""
     names, present = [row["file_name"] for row in rows], set()
-    for sub in set(map(os.path.dirname, names)):
-        path = os.path.join(folder, sub)
+    for sub in set(map(dirname, names)):
+        path = join(folder, sub)
         if isdir(path):
             present |= {(sub, file) for file in os.listdir(path)}
     return [name for name in names if os.path.split(name) not in present]
@@ -1687,25 +1672,25 @@ def read_categories(path, rows, task, known, max_label=0):
         "id": ("a number that no other has", once((int,))),
         "name": ("text", is_text),
     }
-    keys = ["id", "name", "isthing"]
+    keys = "id name isthing"
     if task in PER_PERSON:
         rules["keypoints?"] = "names", lambda v, row: type(v) is list and all(map(is_text, v))
         rules["skeleton?"] = (
             "pairs of numbers of keypoints",
             lambda v, row: all(0 < min(a, b) and max(a, b) <= count_keypoints(row) for a, b in v))
-        keys += ["keypoints", "skeleton"]
+        keys += " keypoints skeleton"
     if task == "pan":
         rules["isthing"] = IS_CROWD
     check_rows(path, {"categories": rows}, rules)
-    if task == "pan":                                  # labels count them by id
-        rows.sort(key=lambda row: row["id"])
     if known:
         return matched(path, rows, known)
-    labels = itertools.count(1)
-    if task != "pan":
+    if task == "pan":                                  # labels count them by id
+        rows.sort(key=lambda row: row["id"])
+        labels = itertools.count(1)
+    else:
         labels = assign_labels([row["id"] for row in rows], max_label, path).values()
     return {
-        row["id"]: without_null({key: row.get(key) for key in keys}) | {"label": label}
+        row["id"]: without_null({key: row.get(key) for key in keys.split()}) | {"label": label}
         for row, label in zip(rows, labels)}
 
 
@@ -1758,7 +1743,6 @@ class MaskClips(Source):
 
     def __post_init__(self):
         self.frames = [(n, t) for n, clip in enumerate(self.clips) for t in range(len(clip[3]))]
-        self.classes = []
 
     def __len__(self):
         return len(self.clips)
@@ -1809,8 +1793,9 @@ def coco_maps(json_path, masks, image_dir=None, past=0, videos=False, truth_json
     check_folder(masks, f"the PNGs of {json_path}")
     category = read_categories(truth_json or json_path, truth["categories"], "pan", known)
     of_image, clips = check_coco_maps(json_path, truth, masks, image_dir, category), {}
-    for image in truth["images"]:
-        annotation, clip_id = of_image[image["id"]], image["id"]
+    for n, image in enumerate(truth["images"]):
+        clip_id = image["id"]
+        annotation = of_image[clip_id]
         name = splitext(image["file_name"])[0]
         if videos:
             clip_id = name = name.partition("_")[0]
@@ -1820,7 +1805,10 @@ def coco_maps(json_path, masks, image_dir=None, past=0, videos=False, truth_json
         segments = {
             row["id"]: without_null(row) | {"category_id": category[row["category_id"]]["label"]}
             for row in annotation["segments_info"]}
-        clip[3].append((f"{masks}/{annotation['file_name']}", segments))
+        listed = f"{masks}/{annotation['file_name']}", segments
+        if n < 2000:
+            check_listed(*listed, image)
+        clip[3].append(listed)
     return MaskClips(list(clips.values()), read_listed, known or list(category.values()), past)
 
 
@@ -1830,8 +1818,19 @@ def read_listed(listed):
     return read_ids(path), segments
 
 
+def check_listed(path, segments, image):
+    """UserError if such a PNG is not of its image's size, or has other segments."""
+    ids, size = read_ids(path), (image["height"], image["width"])
+    require(ids.shape == size, f"{path}: height and width are {ids.shape}, of its image {size}")
+    found = set(np.unique(ids).tolist()) - {0}
+    refuse(path, {
+        "ids are not in segments_info": sorted(found - segments.keys()),
+        "ids in segments_info are not there": sorted(segments.keys() - found),
+    })
+
+
 def check_coco_maps(path, truth, masks, image_dir, known):
-    """{id of an image: its annotation}. UserError if maps or their segments (known: ids of
+    """{id of an image: its annotation}. UserError if annotations or their segments (known: ids of
     categories) are wrong."""
     sizes, is_new, annotations = image_sizes(path, truth, image_dir), once(), truth["annotations"]
     check_rows(path, {"annotations": annotations}, {
@@ -1844,7 +1843,7 @@ def check_coco_maps(path, truth, masks, image_dir, known):
         for n, a in enumerate(annotations)}
     check_rows(path, segments, {
         "id": ("a whole number above 0", is_size),
-        "category_id": ("the id of a category", lambda v, row: v in known),
+        "category_id": ("the id of a category", known),
         "iscrowd?": IS_CROWD,
         "area?": ("a number above 0", lambda v, row: is_number(v) and v > 0),
     })
@@ -1853,24 +1852,14 @@ def check_coco_maps(path, truth, masks, image_dir, known):
         "images have no annotation": [i for i in sizes if i not in of_image],
         f"PNGs are not in {masks}": missing_files(masks, annotations),
     })
-    for a in annotations[:2000]:
-        file, size = f"{masks}/{a['file_name']}", sizes[a["image_id"]]
-        ids = read_ids(file)
-        require(ids.shape == size, f"{file}: height and width are {ids.shape}, of its image {size}")
-        found = {0, *np.unique(ids).tolist()}
-        listed = {0, *(row["id"] for row in a["segments_info"])}
-        refuse(file, {
-            "ids are not in segments_info": sorted(found - listed),
-            "ids in segments_info are not there": sorted(listed - found),
-        })
     return of_image
 
 
-def read_ids(path):
-    """A PNG -> the number that each pixel's colour is (H, W) int32. UserError if it cannot be read
-    or has no colours."""
+def read_ids(path, green=1 << 8, blue=1 << 16):
+    """A PNG -> the number that each pixel's colour is (H, W) int32; green, blue: what they count.
+    UserError if it cannot be read or has no colours."""
     pixels = read_png(path, ("RGB", "RGBA"), "colours R + 256 G + 65536 B")
-    return pixels[..., :3] @ np.array([1, 1 << 8, 1 << 16], np.int32)
+    return pixels[..., :3] @ np.array([1, green, blue], np.int32)
 
 
 def read_png(path, modes, what):
@@ -1888,9 +1877,8 @@ FOLLOWED = "person", "car"                             # things of KITTI-STEP
 
 def read_step(path):
     """A map of KITTI-STEP: red is the class, 255 none, green and blue the instance."""
-    colours = read_ids(path)                           # R + 256 G + 65536 B
-    classes, ids = colours & 255, (colours >> 8 & 255) * 256 + (colours >> 16)
-    numbers = np.where(classes < len(CITYSCAPES), ids * 256 + classes + 1, 0)
+    colours = read_ids(path, green=1 << 16, blue=1 << 8)     # 256 times the instance, and the class
+    numbers = np.where(colours % 256 < len(CITYSCAPES), colours + 1, 0)
     return numbers, {
         n: {"category_id": n % 256, "iscrowd": int(n < 256 and CITYSCAPES[n - 1] in FOLLOWED)}
         for n in np.setdiff1d(numbers, 0).tolist()}
@@ -1899,7 +1887,7 @@ def read_step(path):
 def read_davis(path):
     """A map of DAVIS: a palette image of instances, 0 is the background, 255 not annotated."""
     ids = read_png(path, ("P", "L"), "a palette").astype(np.int32)
-    numbers = np.where(ids == 255, 0, ids + 1)
+    numbers = (ids + 1) % 256                          # 255 becomes 0
     return numbers, {
         n: {"category_id": 1 + (n > 1)} for n in np.setdiff1d(numbers, 0).tolist()}
 
@@ -1931,9 +1919,7 @@ def cityscapes_vps(folder, split, past=0):
 
 def davis(folder, split, past=0):
     """DAVIS in a folder as of MASK_LAYOUTS."""
-    listed = f"{folder}/ImageSets/2017/{split}.txt"
-    require(exists(listed), f"{listed}: no such file, expected the names of the videos")
-    names = read_bytes(listed).decode().split()
+    names = read_bytes(f"{folder}/ImageSets/2017/{split}.txt").decode().split()
     maps = f"{folder}/Annotations_unsupervised/480p"
     if not isdir(maps):
         maps = f"{folder}/Annotations/480p"
@@ -2013,11 +1999,10 @@ def load_mnist(folder, split):
     """MNIST, or data in its format -> PixelArrays of (28, 28, 1). val is the t10k part; if no other
     is there, every tenth image of it is val and the others are train. UserError names the file and
     what was expected."""
-    kinds = ("images?idx3-ubyte*", "labels?idx1-ubyte*")         # - or . before idx, maybe .gz
-    train, t10k = ([find_file(folder, f"{part}-{kind}") for kind in kinds]
-                   for part in ("train", "t10k"))
-    shared = not any(train)
-    images, labels = t10k if shared or split == "val" else train
+    shared = not find_file(folder, "train-*idx?-ubyte*")
+    part = "t10k" if shared or split == "val" else "train"
+    images = find_file(folder, f"{part}-images?idx3-ubyte*")     # - or . before idx, maybe .gz
+    labels = find_file(folder, f"{part}-labels?idx1-ubyte*")
     require(
         images and labels,
         f"{folder}: no images or labels for {split}, expected {LAYOUTS['mnist']}")
@@ -2062,7 +2047,7 @@ def load_cifar10(folder, split):
     rows = []                                          # label, then red, green, blue
     for name in names if split == "train" else ["test_batch.bin"]:
         path = find_file(folder, name, f"cifar-10-batches-bin/{name}")
-        require(path is not None, f"{folder}: no {name}, expected {LAYOUTS['cifar10']}")
+        require(path, f"{folder}: no {name}, expected {LAYOUTS['cifar10']}")
         content = np.frombuffer(read_bytes(path), np.uint8)
         most = max(content[::3073], default=0)
         require(
@@ -2105,7 +2090,7 @@ class ClipFolder(Source):
             return [items[i] for i in held_out(len(items), split, 20)]
 
         # Of folders of images there is one, or one per video; or that many per class.
-        by_class = not any(names for _, names in image_folders(root, depth=videos))
+        by_class = not any(names for _, names in image_folders(root, videos))
         self.classes = listing(f"{folder}/train" if divided else root)[0] if by_class else []
         self.clips, short = [], []                     # (folder, names of frames, label)
         for path, names in image_folders(root, videos + by_class):
@@ -2128,9 +2113,8 @@ class ClipFolder(Source):
         self.windows = np.array([                      # a clip's number, its first frame
             (n, start) for n, (_, names, _) in enumerate(self.clips)
             for start in range(len(names) - self.frames + 1)])
-        if not self.clips:
-            kind = f"video of {self.frames} frames or more" if videos else "image"
-            raise UserError(f"{root}: no {kind} for {split}, expected {layout}")
+        kind = f"video of {self.frames} frames or more" if videos else "image"
+        require(self.clips, f"{root}: no {kind} for {split}, expected {layout}")
 
     def __len__(self):
         return len(self.windows)
@@ -2138,8 +2122,8 @@ class ClipFolder(Source):
     def __getitem__(self, i):
         n, start = self.windows[i]
         folder, names, label = self.clips[n]
-        window = names[start:start + self.frames]
-        frames = [fit_image(f"{folder}/{name}", self.size) for name in window]
+        frames = [
+            fit_image(f"{folder}/{name}", self.size) for name in names[start:start + self.frames]]
         pixels = np.stack(frames) if self.frames > 1 else frames[0]
         return {"pixels": pixels, "label": label}
 
@@ -2178,13 +2162,11 @@ def fit_image(path, size):
 
 def tile(pictures, columns=4, gap=4):
     """PIL pictures -> one, in rows of `columns`, each cell as large as the largest."""
-    columns = min(columns, len(pictures))
-    rows = -(-len(pictures) // columns)
-    w, h = np.max([picture.size for picture in pictures], 0) + gap
-    size = columns * w - gap, rows * h - gap
-    sheet = Image.new(pictures[0].mode, size, "white")
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i % columns * w, i // columns * h))
+    cell = np.max([picture.size for picture in pictures], 0) + gap         # width, height
+    corners = [(i % columns, i // columns) * cell for i in range(len(pictures))]
+    sheet = Image.new(pictures[0].mode, tuple(np.max(corners, 0) + cell - gap), "white")
+    for picture, corner in zip(pictures, corners):
+        sheet.paste(picture, tuple(corner))
     return sheet
 
 
@@ -2217,9 +2199,9 @@ def check_dataset(json_path, image_dir):
 
     source = Coco(json_path, image_dir, bad_boxes="drop")
     c = sample.Config(categories=source.categories)
-    sizes, boxes = list(source.sizes.values()), np.diff(source.starts)
+    sizes, boxes = list(source.sizes.values()), list(map(len, source.rows.values()))
     pictures = []
-    for i in np.random.default_rng(0).permutation(len(source))[:16]:
+    for i in default_rng(0).permutation(len(source))[:16]:
         record = source[i]
         said = {"objects": sample.true_objects(record, source.categories)}
         pictures.append(ImageOps.contain(sample.draw(record["image"], said, c), (384, 384)))
@@ -2227,25 +2209,32 @@ def check_dataset(json_path, image_dir):
     print(json.dumps(source.summary(c), indent=1))
     print(
         f"{np.min(sizes, 0)} to {np.max(sizes, 0)} pixels high and wide; {min(boxes)} to "
-        f"{max(boxes)} boxes, {boxes.mean():.1f} on average; some are drawn in {json_path}.png")
+        f"{max(boxes)} boxes, {np.mean(boxes):.1f} on average; some are drawn in {json_path}.png")
+
+
+@dataclass
+class ExportOptions:
+    """Which shapes to write."""
+    export: str = ""                    # folder for shapes in COCO's layout
+    count: Count = 1000                 # training scenes to export, with 500 held-out ones
+    size: between(16) = 64              # side of a scene or clip in pixels
+    format: Literal["jpg", "png"] = "jpg"   # of the exported images
 
 
 @tokenizer.script
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--check", nargs=2, metavar=("JSON", "FOLDER"),
+    import sample
+
+    parser, args = sample.Parser(description=__doc__), ExportOptions()
+    parser.add_argument(
+        "--check", nargs=2, metavar=("JSON", "FOLDER"),
         help="boxes in COCO's format, and their images, to look at")
-    add("--export", help="folder for shapes in COCO's layout")
-    add("--count", type=int, default=1000, help="training scenes to export, with 500 held-out ones")
-    add("--size", type=int, default=64, help="side of a scene or clip in pixels")
-    add("--format", choices=["jpg", "png"], default="jpg", help="of the exported images")
-    args = parser.parse_args()
+    parser.add_config(args)
+    parser.parse_args(namespace=args)
     if args.check:
         return check_dataset(*args.check)
-    if not args.export or args.count < 1 or args.size < 16:
-        parser.error("expected --check, or --export, --count of at least 1 and --size of 16")
+    if not args.export:
+        parser.error("expected --check or --export")
     require(
         not exists(f"{args.export}/annotations"),
         f"{args.export}: holds annotations, expected a new folder")

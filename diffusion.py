@@ -24,6 +24,7 @@ Left out: learned variances, higher-order solvers, softmax over one-hot.
     python -c "import diffusion; print(diffusion.gamma_schedule('sigmoid@-3,3,0.9'))"
 """
 import math
+import re
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Literal
@@ -262,8 +263,8 @@ def denoising_losses(network, batch, c, t=None, generator=None):
     cond, weight = condition(batch.cond, c), None
     if batch.images is not None:                       # of which the targets are panoptic maps
         cond["images"] = batch.images
-        sizes = instance_weights(batch.targets[:, 1].long(), d.instance_weight)
-        weight = sizes * batch.cond["known"]
+        weight = batch.cond["known"] * instance_weights(
+            batch.targets[:, 1].long(), d.instance_weight)
     if network.training and d.label_drop and "labels" in cond:
         dropped = uniform(x0, generator) < d.label_drop
         cond["labels"] = cond["labels"].masked_fill(dropped, -1)
@@ -287,7 +288,7 @@ def generate(network, c, count, cond=None, generator=None, callback=None, noise=
 
     cond:     like Batch.cond on the device: labels (count,), -1 for none, and context frames; or
               what Panoptic.encode returned
-    callback: callback(pixels) sees the noise, and then every estimate
+    callback: callback([x_t, x0]) sees both at each step, as pixels of the first four samples
     noise:    to begin with; drawn, if None
     """
     s, device = c.sampling, next(network.parameters()).device
@@ -299,10 +300,8 @@ def generate(network, c, count, cond=None, generator=None, callback=None, noise=
         noise = torch.randn(count, *c.model.sample_shape, generator=generator, device=device)
 
     def show(i, x0, x_t):
-        callback(x0_to_pixels(x0, c))
+        callback([x0_to_pixels(x[:4], c).cpu() for x in (x_t, x0)])
 
-    if callback:
-        show(-1, noise, noise)
     x0 = sample(
         denoise,
         noise,
@@ -329,9 +328,8 @@ def generate(network, c, count, cond=None, generator=None, callback=None, noise=
 def ints_to_bits(ints, n_bits, b_scale=1.0):
     """Integers in [0, 2^n_bits) -> float32 analog bits: (B, C, ...) -> (B, C * n_bits, ...)."""
     places = torch.arange(n_bits, device=ints.device)
-    bits = ints.unsqueeze(-1) >> places & 1            # (B, C, ..., n_bits)
-    bits = to_channels(bits).float()
-    return (bits * 2 - 1) * b_scale
+    bits = ints[..., None] >> places & 1               # (B, C, ..., n_bits)
+    return (to_channels(bits).float() * 2 - 1) * b_scale
 
 
 def bits_to_ints(bits, n_bits):
@@ -358,8 +356,7 @@ def self_cond_for_training(denoise, x_t, gamma, cond, c, generator=None):
     n = B if d.self_cond_masking else int(B * d.self_cond_rate)
     if self_cond == "none" or n == 0:
         return first_self_cond(self_cond, x_t)
-    x_t, gamma = x_t[:n], gamma[:n]
-    cond = {key: value[:n] for key, value in cond.items()}
+    x_t, gamma, cond = map_tensors(lambda a: a[:n], (x_t, gamma, cond))
     pred, hidden = denoise(x_t, gamma, first_self_cond(self_cond, x_t), **cond)
     x0, eps = predict_x0_eps(x_t, gamma, pred, d.pred_type, d.b_scale)
     state = next_self_cond(self_cond, d.pred_type, x0, eps, hidden)
@@ -431,15 +428,15 @@ def log(t, start, end, reverse):
 
 
 def flag(text):
-    return {"t": True, "true": True, "f": False, "false": False}[text.lower()]
+    return "f false t true".split().index(text.lower()) > 1
 
 
-SCHEDULES = {                          # how the name is written: the function, what reads the rest
-    "cosine": (shifted_cosine,),
-    "cosine@start,end,tau": (cosine, float, float, float),
-    "sigmoid@start,end,tau": (sigmoid, float, float, float),
-    "log@start,end,reverse": (log, float, float, flag),                        # reverse: t or f
-    "simple_linear": (lambda t: 1 - t,),
+SCHEDULES = {                          # how the name is written: the function
+    "cosine": shifted_cosine,
+    "cosine@start,end,tau": cosine,
+    "sigmoid@start,end,tau": sigmoid,
+    "log@start,end,reverse": log,                      # reverse: t or f
+    "simple_linear": lambda t: 1 - t,
 }
 
 
@@ -454,12 +451,14 @@ def gamma_schedule(name):
     """
     kind, at, text = name.partition("@")
     texts = text.split(",") if at else []
-    for form, (curve, *readers) in SCHEDULES.items():
-        if form.split("@")[0] != kind or len(readers) != len(texts):
+    for form, curve in SCHEDULES.items():
+        start, *names = re.split("[@,]", form)
+        if start != kind or len(names) != len(texts):
             continue
+        readers = [flag if name == "reverse" else float for name in names]
         try:
             values = [read(text) for read, text in zip(readers, texts)]
-        except (ValueError, KeyError):
+        except ValueError:
             break
 
         def gamma(t):
@@ -477,14 +476,10 @@ def gamma_schedule(name):
 def condition(cond, c):
     """Batch.cond -> what the network c.model takes: labels (B,), -1 for a dropped one, if it has
     classes; context frames, in the range of x0, if it goes on from some; likewise earlier maps."""
-    taken = {key: cond[key] for key in ("map", "context") if key in cond}
-    if "past" in cond:
-        taken["past"] = pixels_to_x0(cond["past"], c)
-    if c.model.num_classes and "labels" in cond:
-        taken["labels"] = cond["labels"]
-    if c.model.cond_frames:
-        taken["frames"] = pixels_to_x0(cond["frames"], c)
-    return taken
+    taken = {"labels": c.model.num_classes, "frames": c.model.cond_frames, "known": False}
+    return {
+        key: pixels_to_x0(value, c) if key in ("frames", "past") else value
+        for key, value in cond.items() if taken.get(key, True)}
 
 
 def pixels_to_x0(pixels, c):
@@ -504,10 +499,7 @@ def x0_to_pixels(x0, c):
     if d.bits == "ids":
         return bits_to_panoptic(
             x0, len(c.categories) + 1, c.data.max_segments, c.model.channels // 2).byte()
-    if d.bits:
-        colours = bits_to_rgb(x0, d.bits)
-    else:
-        colours = (x0 / d.b_scale / 2 + 0.5).clamp(0, 1)
+    colours = bits_to_rgb(x0, d.bits) if d.bits else (x0 / d.b_scale / 2 + 0.5).clamp(0, 1)
     return (colours * 255).round().byte()
 
 
@@ -544,8 +536,7 @@ def softmax_bits(logits, groups, b_scale=1.0):
 def softmax_xent(logits, x0, groups):
     """Cross entropy (B, groups, ...) of logits (B, groups * 2^k, ...), of which every group is a
     distribution over the values of k bits, against analog bits x0 (B, groups * k, ...)."""
-    n_bits = x0.shape[1] // groups
-    targets = bits_to_ints(x0, n_bits)                 # (B, groups, ...)
+    targets = bits_to_ints(x0, x0.shape[1] // groups)  # (B, groups, ...)
     logits = logits.unflatten(1, (groups, -1))         # (B, groups, 2^k, ...)
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(0, 1), reduction="none")
     return losses.view(targets.shape)
@@ -571,12 +562,10 @@ RGB_CODES = {"uint8": 8, "gray": 8, "uint8_s": 8, "oneh": 256}                 #
 
 def code_words(code, device):
     """(256,) the 8-bit word that stands for each intensity."""
-    words = torch.arange(256, device=device)
-    if code == "gray":
-        words = words ^ words >> 1
     if code == "uint8_s":
-        words = torch.tensor(list(SHUFFLE), device=device)
-    return words
+        return torch.tensor(list(SHUFFLE), device=device)
+    words = torch.arange(256, device=device)
+    return words ^ words >> 1 if code == "gray" else words
 
 
 def rgb_to_bits(image, code="uint8", b_scale=1.0):
@@ -619,7 +608,7 @@ def generate_maps(network, c, frames, generator=None, noise=None, callback=None)
     with the maps of the frames before as its condition, if the network takes such.
 
     frames:   float (B, T, 3, H, W) in [0, 1]; noise: (T, B, bits, h, w), or None to draw it
-    callback: callback(frame, map (B, 2, h, w)) sees the noise, and then every estimate
+    callback: of `generate`, for the first frame
     Returns uint8 (B, T, 2, h, w): class and instance id of each pixel.
     """
     m, later = c.model, c.sampling.later_steps or c.sampling.sample_steps
@@ -635,7 +624,7 @@ def generate_maps(network, c, frames, generator=None, noise=None, callback=None)
             len(images),
             network.encode(images, past),
             generator,
-            callback and partial(callback, n),
+            None if n else callback,
             None if noise is None else noise[n],
         ))
         c = replace(c, sampling=replace(c.sampling, sample_steps=later))
@@ -647,7 +636,7 @@ def instance_weights(ids, power):
     instance + 1) to `power`, with mean 1 in each image. ids int64 (B, H, W) in [0, 256) ->
     float32."""
     flat = ids.flatten(1)                                                      # (B, H * W)
-    ones = torch.ones(flat.shape, device=ids.device)
+    ones = torch.ones_like(flat).float()
     counts = ones.new_zeros(len(ids), 256).scatter_add(1, flat, ones)
     weight = (counts.gather(1, flat) + 1) ** -power
     return (weight / weight.mean(1, keepdim=True)).view(ids.shape)

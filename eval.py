@@ -13,28 +13,29 @@ Left out: test sets without labels; precision and recall of samples.
     torchrun --nproc_per_node=8 eval.py --ckpt=out/seg_coco_vit_b --data_dir=coco --boxes=truth
     python eval.py --ckpt=out/gen_cifar10_rin --eval_samples=50000 --inception=inception.pt
 """
-import contextlib
 import hashlib
 import io
 import json
 import math
 import os
 import re
-import shutil
 import sys
-import time
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict
 from functools import partial
-from itertools import compress, pairwise, zip_longest
+from itertools import chain, compress, pairwise
+from os.path import abspath, dirname, getmtime, isfile, splitext
+from time import sleep, time
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from numpy.random import default_rng
+from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
@@ -43,8 +44,8 @@ import data
 import sample
 import tokenizer
 from model import Device, image_tokens
-from sample import PREDICT, Inputs, predict
-from tokenizer import Count, Natural, UserError, frozen, require
+from sample import PREDICT, Inputs, changed, predict, true_objects
+from tokenizer import Count, Natural, UserError, frozen, notice, require
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)             # times t at which the loss of generation is taken
 TOGETHER = ["det", "seg"]                      # masks are of the boxes that detection found
@@ -64,7 +65,7 @@ def evaluate(model, c, split, device, tasks=None, limit=None, boxes="", truth=Fa
     """
     boxes = boxes or ("own" if "det" in c.data.tasks else "truth")
     if limit:
-        c = sample.changed(c, proxy_classifier=False)
+        c = changed(c, proxy_classifier=False)
     metrics, predictions = {}, {}
     passes = [[task] for task in SCORE]
     if boxes == "own" and not truth:
@@ -99,27 +100,25 @@ def predict_items(
         skipped = [item for item in batch if isinstance(item, str)]
         records = {
             item.get("image_id", n): item
-            for n, item in enumerate(batch, start) if not isinstance(item, str)}
+            for n, item in enumerate(batch, start) if item not in skipped}
         objects = None                                 # that seg and kpt are asked about
         if boxes != "own" and {"seg", "kpt"} & set(tasks):
             objects = [
-                sample.true_objects(record, source.categories) if boxes == "truth"
+                true_objects(record, source.categories) if boxes == "truth"
                 else boxes.get(key, []) for key, record in records.items()]
         generator = device.generator(seed * 1_000_003 + start)
         inputs = Inputs(list(records.values()), c, objects, generator, LEVELS)
         with device.autocast():
             said = predict(model, inputs, c, tasks, table) if records else []
-        mine.append((dict(zip(records, said)), skipped))
+        mine.append((start, dict(zip(records, said)), skipped))
     found, left_out = {}, []
-    for row in zip_longest(*device.gather(mine), fillvalue=({}, ())):      # in order again
-        for said, skipped in row:
-            found |= said
-            left_out += skipped
-    for message in left_out if device.first else ():
-        tqdm.write(f"warning: left out of the evaluation: {message}", file=sys.stderr)
-    if not found:
-        reason = left_out[0] if left_out else "the split is empty"
-        raise UserError(f"no item to evaluate for {', '.join(tasks)}: {reason}")
+    for _, said, skipped in sorted(chain(*device.gather(mine))):           # in order again
+        found |= said
+        left_out += skipped
+    for message in left_out:
+        notice(f"left out of the evaluation: {message}")
+    reason = left_out[0] if left_out else "the split is empty"
+    require(found, f"no item to evaluate for {', '.join(tasks)}: {reason}")
     return found
 
 
@@ -160,9 +159,9 @@ def coco_results(task, predictions):
 
 def score_captions(predictions, source, c, device):
     """`caption_scores`, and the fraction that is exactly one of the references."""
-    references = {}
+    references = defaultdict(list)
     for annotation in source.truth("cap")["annotations"]:
-        references.setdefault(annotation["image_id"], []).append(annotation["caption"].strip())
+        references[annotation["image_id"]].append(annotation["caption"].strip())
     written = {i: p["caption"] for i, p in predictions.items() if i in references}
     if not written:
         return {"exact": -1.0}                         # nothing to find
@@ -175,6 +174,9 @@ def score_samples(predictions, source, c, device):
     """How real samples are, and how right.
 
     minus_loss, loss, loss_at_T   mean over LEVELS, on the held-out items; at each of them
+    minus_bits, bits_per_dim   of an ImageAR: mean over the held-out items and their tokens
+    histogram_bits   the same if each pixel were known by how often each level stood at its place in
+                     training images: a ceiling
     class_accuracy   fraction of samples that the proxy classifier takes for their label
     proxy_accuracy   fraction of held-out items that it takes for theirs: how far to trust it
     frechet          distance of samples to training data, in its features
@@ -184,26 +186,25 @@ def score_samples(predictions, source, c, device):
     frame_error      mean square error of predicted frames, colours in [0, 1]; copy_error: of
                      repeating the last context frame
     """
-    pixels, labels, losses = columns(predictions)
-    first = c.model.cond_frames                        # where a clip's predicted frames begin
+    # losses: (N, LEVELS), of an ImageAR its bits (N,)
+    pixels, labels, losses = map(np.stack, zip(*(said.values() for said in predictions.values())))
     loss = float(losses.mean())
-    metrics = {"minus_loss": -loss, "loss": loss} | quality(
-        pixels[:, first:], labels, source, c, device)
+    at_levels = {}
+    if losses.ndim > 1:
+        metrics = {"minus_loss": -loss, "loss": loss}
+        at_levels = {f"loss_at_{t}": mean for t, mean in zip(LEVELS, losses.mean(0).tolist())}
+    else:
+        metrics = {"minus_bits": -loss, "bits_per_dim": loss}
+        metrics["histogram_bits"] = histogram_bits(source, c, len(pixels))
+    first = c.model.cond_frames                        # where a clip's predicted frames begin
+    made = pixels[:, first:]
+    metrics |= quality(made, labels, source, c, device)
     if first:
         items = random_items(source, c)
-        past = pixels[:, first - 1:first] / 255
-        guess = pixels[:, first:] / 255
         future = np.stack([source[items[n]]["pixels"][first:] for n in predictions]) / 255
-        metrics["frame_error"] = float(np.square(guess - future).mean())
-        metrics["copy_error"] = float(np.square(past - future).mean())
-    for level, mean in zip(LEVELS, losses.mean(0).tolist()):
-        metrics[f"loss_at_{level}"] = mean
-    return metrics | {"samples": len(pixels)}
-
-
-def columns(predictions):
-    """Of all samples pixels, labels, and losses or bits."""
-    return map(np.stack, zip(*(said.values() for said in predictions.values())))
+        for name, guess in (("frame_error", made), ("copy_error", pixels[:, first - 1:first])):
+            metrics[name] = float(np.square(guess / 255 - future).mean())
+    return metrics | at_levels | {"samples": len(pixels)}
 
 
 def quality(pixels, labels, source, c, device):
@@ -219,23 +220,6 @@ def quality(pixels, labels, source, c, device):
         require(pixels.ndim == 5, f"--i3d={s.i3d}: FVD is of videos, this model makes images")
         scores |= network_scores(I3D(s.i3d, device), "fvd", pixels, train, c)
     return scores
-
-
-def score_written(predictions, source, c, device):
-    """How well an ImageAR predicts held-out images, and what its samples are like.
-
-    minus_bits, bits_per_dim   mean over the held-out items and their tokens
-    histogram_bits             the same if each pixel were known by how often each level stood at
-                               its place in training images: a ceiling
-    class_accuracy and so on   see `score_samples`
-    """
-    pixels, labels, bits = columns(predictions)
-    bits = float(bits.mean())
-    return {
-        "minus_bits": -bits,
-        "bits_per_dim": bits,
-        "histogram_bits": histogram_bits(source, c, len(pixels)),
-    } | quality(pixels, labels, source, c, device) | {"samples": len(pixels)}
 
 
 def histogram_bits(source, c, count):
@@ -256,10 +240,9 @@ def score_maps(predictions, source, c, device):
 
 
 def score_clips(predictions, source, c, device):
-    """STQ and J&F, see `tracking_quality` and `region_and_boundary`."""
-    scores = tracking_quality(beside_truth(predictions, source), source.categories)
-    scores |= region_and_boundary(beside_truth(predictions, source), source.categories)
-    return scores | {"clips": len(predictions)}
+    """STQ and J&F, see `video_quality`."""
+    return video_quality(beside_truth(predictions, source), source.categories) | {
+        "clips": len(predictions)}
 
 
 def beside_truth(predictions, source):
@@ -273,7 +256,7 @@ def beside_truth(predictions, source):
 SCORE = {task: partial(score_objects, task) for task in COCO_TASKS} | {
     "cap": score_captions,
     "gen": score_samples,
-    "ar": score_written,
+    "ar": score_samples,
     "pan": score_maps,
     "vps": score_clips,
 }
@@ -342,10 +325,10 @@ def panoptic_quality(pairs, categories):
             of_each[f"PQ_{row['name'].replace(' ', '_')}"] = float(quality)
     things = {row["label"] for row in categories if row["isthing"]}
     groups = {"": totals, "_things": things, "_stuff": totals.keys() - things}
-    for name, chosen in groups.items():
+    for ending, chosen in groups.items():
         rows = [scores[category] for category in chosen if category in scores]
-        means = np.mean(rows or [(0.0, 0.0, 0.0)], 0).tolist()
-        metrics |= {kind + name: mean for kind, mean in zip(("PQ", "SQ", "RQ"), means)}
+        means = np.mean(rows or [[0.0] * 3], 0).tolist()
+        metrics.update(zip((f"PQ{ending}", f"SQ{ending}", f"RQ{ending}"), means))
     return metrics | of_each
 
 
@@ -358,58 +341,60 @@ def iou(a, b, shared):
     return shared[a, b] / union if union else 1.0
 
 
-def classes_and_ids(pair, categories):
-    """Of truth and of what was found: classes, instance ids, and whether the class is one of
-    things, (2, T, H, W) each."""
-    maps = [sample.true_map(record["maps"], record["segments"]) for record in pair]
-    classes, ids = np.moveaxis(maps, 2, 0)
+def video_quality(pairs, categories):
+    """STQ, AQ and SQ of clips (2102.11859, section 4.2), where the tracks of things count, but
+    crowds, and pixels without truth, nowhere; and J&F (1905.00737): mean, recall and decay of J and
+    F, see `region_and_boundary`."""
     things = [row["label"] for row in categories if row["isthing"]]
-    return classes, ids, np.isin(classes, things)
-
-
-def tracking_quality(pairs, categories):
-    """STQ, AQ and SQ of clips (2102.11859, section 4.2). The tracks of things count, but crowds,
-    and pixels without truth, nowhere."""
-    tracks = 0
+    count = 0                                          # of true tracks
     association = 0.0
     confusion = Counter()
+    rows = []
     for pair in pairs:
-        (t_class, f_class), (t_id, f_id), (t_thing, f_thing) = classes_and_ids(pair, categories)
-        known = t_class > 0
-        confusion += overlaps(t_class[known], f_class[known])
-        crowd = t_thing & (t_id == 0)
-        ours = t_thing & ~crowd
-        theirs = f_thing & ~crowd
-        both = ours & theirs
-        sizes = overlaps(t_class[ours], t_id[ours])
-        lengths = overlaps(f_class[theirs], f_id[theirs])
-        shared = overlaps(t_class[both], t_id[both], f_class[both], f_id[both])
-        for pair, n in shared.items():
-            size = sizes[pair[:2]]
-            association += n * n / (size + lengths[pair[2:]] - n) / size
-        tracks += len(sizes)
-    ious = [iou(k, k, confusion) for k in {k for pair in confusion for k in pair}]
-    quality = association / max(tracks, 1)
+        maps = [sample.true_map(record["maps"], record["segments"]) for record in pair]
+        classes, ids = np.moveaxis(maps, 2, 0)         # of truth and found, (2, T, H, W) each
+        thing = np.isin(classes, things)
+        known = classes[0] > 0
+        confusion += overlaps(*classes[:, known])
+        rows += region_and_boundary(*ids * thing * known)
+        crowd = thing[0] & (ids[0] == 0)
+        tracks = (classes * (ids.max() + 1) + ids) * (thing & ~crowd)          # 0: of none
+        sizes, lengths = map(overlaps, tracks)
+        for (t, f), n in overlaps(*tracks).items():
+            if t and f:
+                association += n * n / (sizes[t,] + lengths[f,] - n) / sizes[t,]
+        del sizes[0,]
+        count += len(sizes)
+    ious = [iou(k, k, confusion) for k in set(chain(*confusion))]
+    quality = association / max(count, 1)
     segmentation = sum(ious) / max(len(ious), 1)
-    return {"STQ": math.sqrt(quality * segmentation), "AQ": quality, "SQ": segmentation}
+    means = np.reshape(rows or [0.0] * 6, (-1, 6)).mean(0).tolist()
+    names = "J_mean J_recall J_decay F_mean F_recall F_decay".split()
+    return {
+        "STQ": math.sqrt(quality * segmentation),
+        "AQ": quality,
+        "SQ": segmentation,
+        "J&F": (means[0] + means[3]) / 2,
+    } | dict(zip(names, means))
 
 
 def best_assignment(scores):
     """Which column belongs to each row, each to one, so that the sum is largest: scores (N, M) with
     N <= M -> (N,). Row by row: it takes the column where that, and where the owner of that column
     goes then, and so on, gives most (Bellman-Ford)."""
-    owner = np.full(scores.shape[1], -1)
+    columns = np.full(len(scores), -1)
     for row, gain in enumerate(scores.copy()):
-        taker = np.full_like(owner, row)
-        left = np.full_like(owner, -1)
-        for j in np.flatnonzero(owner >= 0).tolist() * row:
-            moved = gain[j] - scores[owner[j], j] + scores[owner[j]]
+        taker = np.full(len(gain), row)
+        for owner in columns[:row].argsort().tolist() * row:
+            j = columns[owner]
+            moved = gain[j] - scores[owner, j] + scores[owner]
             better = moved > gain + 1e-12
-            gain[better], taker[better], left[better] = moved[better], owner[j], j
-        j = np.where(owner < 0, gain, -np.inf).argmax()
+            gain[better], taker[better] = moved[better], owner
+        gain[columns[:row]] = -np.inf                  # what is taken is no end
+        j = gain.argmax()
         while j >= 0:
-            owner[j], j = taker[j], left[j]
-    return owner.argsort()[len(owner) - len(scores):]  # behind the columns of no row
+            columns[taker[j]], j = j, columns[taker[j]]
+    return columns
 
 
 def boundary(mask):
@@ -439,29 +424,23 @@ def boundary_score(truth, found):
     return 2 * precision * recall / max(precision + recall, 1e-9)
 
 
-def region_and_boundary(pairs, categories):
-    """J&F of clips, as DAVIS 2017 scores unsupervised segmentation (1905.00737): each true instance
-    of a thing has the found one that is most like it. Mean, recall (above a half) and decay (first
-    quarter less last) of J, IoU, and of F. Pixels without truth do not count."""
+def region_and_boundary(truth, found):
+    """Numbers of instances (T, H, W), 0 for none, of which each true one has the found one that is
+    most like it (DAVIS 2017, unsupervised) -> a list: of each true one mean, recall (above a half)
+    and decay (first quarter less last) of J, IoU, and of F."""
     rows = []
-    for pair in pairs:
-        classes, ids, thing = classes_and_ids(pair, categories)
-        truth, found = ids * thing                     # (T, H, W) each
-        found[classes[0] == 0] = 0
-        objects, others = (np.setdiff1d(ids, 0).tolist() for ids in (truth, found))
-        others += [-1] * (len(objects) - len(others))  # nothing, which is like an object unseen
-        counts = list(map(overlaps, truth, found))
-        j = [iou(a, b, shared) for a in objects for b in others for shared in counts]
-        j = np.reshape(j, (len(objects), len(others), len(truth)))
-        ends = np.round(np.linspace(1, len(truth), 5) + 1e-10).astype(int)
-        for n, k in enumerate(best_assignment(j.mean(2))):
-            f = list(map(boundary_score, truth == objects[n], found == others[k]))
-            for values in (j[n, k], np.array(f)):
-                decay = values[:ends[1]].mean() - values[ends[3] - 1:].mean()
-                rows += values.mean(), (values > 0.5).mean(), decay
-    means = np.reshape(rows or [0.0] * 6, (-1, 6)).mean(0).tolist()
-    names = "J_mean J_recall J_decay F_mean F_recall F_decay".split()
-    return {"J&F": (means[0] + means[3]) / 2} | dict(zip(names, means))
+    objects, others = (np.setdiff1d(ids, 0).tolist() for ids in (truth, found))
+    others += [-1] * (len(objects) - len(others))      # nothing, which is like an object unseen
+    counts = list(map(overlaps, truth, found))
+    j = [iou(a, b, shared) for a in objects for b in others for shared in counts]
+    j = np.reshape(j, (len(objects), len(others), len(truth)))
+    ends = np.round(np.linspace(1, len(truth), 5) + 1e-10).astype(int)
+    for n, k in enumerate(best_assignment(j.mean(2))):
+        f = list(map(boundary_score, truth == objects[n], found == others[k]))
+        for values in (j[n, k], np.array(f)):
+            decay = values[:ends[1]].mean() - values[ends[3] - 1:].mean()
+            rows += values.mean(), (values > 0.5).mean(), decay
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------
@@ -473,7 +452,7 @@ def random_items(source, c):
     if source.endless:
         return range(count)
     length = len(source)
-    rng = np.random.default_rng(0)
+    rng = default_rng(0)
     orders = [rng.permutation(length) for _ in range(count // length + 1)]
     return np.concatenate(orders)[:count].tolist()
 
@@ -488,7 +467,7 @@ ITEMS = dict.fromkeys(PREDICT, lambda source, c: range(len(source))) | {
 
 def true_detection(model, inputs, c):
     truth = [
-        sample.true_objects(record, c.categories)[:c.data.max_objects]
+        true_objects(record, c.categories)[:c.data.max_objects]
         for record in inputs.records]
     tokens = tokenizer.encode_detection(
         *sample.prompt_boxes(inputs.views, truth, c), c.vocab).targets
@@ -506,7 +485,7 @@ def through_tokens(points, c):
 
 def true_masks(model, inputs, c):
     for record, view in zip(inputs.records, inputs.views):
-        objects = sample.true_objects(record, c.categories)
+        objects = true_objects(record, c.categories)
         polygons = list(compress(record["polygons"], ~record["iscrowd"]))
         points = data.polygon_points(view, polygons, len(objects), c.data.max_points)
         for obj, row in zip(objects, through_tokens(points, c)):
@@ -516,7 +495,7 @@ def true_masks(model, inputs, c):
 
 def true_keypoints(model, inputs, c):
     for record in inputs.records:
-        objects = sample.true_objects(record, c.categories)
+        objects = true_objects(record, c.categories)
         for obj, keypoints in zip(objects, record["keypoints"][~record["iscrowd"]]):
             if keypoints[:, 2].any():                  # else the truth does not know this one's
                 crop = sample.keypoint_view(record["image"], obj["bbox"], c)
@@ -532,7 +511,7 @@ def true_captions(model, inputs, c):
 
 
 def true_maps(model, inputs, c):
-    rng = np.random.default_rng(0)
+    rng = default_rng(0)
     for record, view in zip(inputs.records, inputs.views):
         yield sample.map_prediction(record, data.id_maps(record, view, c, rng)[:, :2], view, c)
 
@@ -553,15 +532,14 @@ TRUTH = {
 KEYPOINT_SIGMA = 0.089             # of keypoints COCO does not know: as strict as for its ankles
 
 
-def average_precision(truth, results, image_ids, task="det"):
+def coco_evaluation(truth, results, image_ids, task):
     """COCO truth and results (list of {image_id, category_id, score, and bbox, segmentation or
-    keypoints}) -> the numbers of COCO's metric, by name, and the AP of each category."""
-    kind, names, *_ = COCO_TASKS[task]
-    with contextlib.redirect_stdout(io.StringIO()):    # pycocotools prints what it does
+    keypoints}) -> pycocotools' COCOeval, when it has run."""
+    with redirect_stdout(io.StringIO()):    # pycocotools prints what it does
         coco = COCO()
         coco.dataset = truth
         coco.createIndex()
-        run = COCOeval(coco, coco.loadRes(results) if results else COCO(), kind)
+        run = COCOeval(coco, coco.loadRes(results) if results else COCO(), COCO_TASKS[task][0])
         run.params.imgIds = sorted(image_ids)
         counts = [len(a["keypoints"]) // 3 for a in truth["annotations"] if "keypoints" in a]
         if counts and max(counts) != 17:               # a person of COCO has 17
@@ -569,11 +547,39 @@ def average_precision(truth, results, image_ids, task="det"):
         run.evaluate()
         run.accumulate()
         run.summarize()
-    names = *names, *(
-        f"AP_{row['name'].replace(' ', '_')}" for row in coco.loadCats(run.params.catIds))
+    return run
+
+
+def average_precision(truth, results, image_ids, task="det"):
+    """The numbers of COCO's metric, by name, and the AP of each category."""
+    run = coco_evaluation(truth, results, image_ids, task)
+    names = *COCO_TASKS[task][1], *(
+        f"AP_{row['name'].replace(' ', '_')}" for row in run.cocoGt.loadCats(run.params.catIds))
     # (thresholds, recalls, categories, areas, most detections); -1 where the truth has none.
     values = *run.stats, *run.eval["precision"][..., 0, -1].mean((0, 1))
     return {name: round(float(value), 5) for name, value in zip(names, values)}
+
+
+def draw_errors(task, predictions, c, split, path):
+    """The worst errors at an IoU of 0.5: the eight surest wrong objects, and the eight largest that
+    were missed."""
+    source, pictures = data.make_source(c, split, task), []
+    run = coco_evaluation(source.truth(task), coco_results(task, predictions), predictions, task)
+    numbers = list(source.sizes)
+    for side, coco, size, text in (
+            ("dt", run.cocoDt, "score", "wrong"), ("gt", run.cocoGt, "area", "missed")):
+        errors = [
+            coco.anns[i] for row in filter(None, run.evalImgs)
+            for i, match in zip(row[f"{side}Ids"], row[f"{side}Matches"][0])
+            if row["aRng"] == run.params.areaRng[0]                    # all sizes
+            and not match and not coco.anns[i].get("ignore")]
+        for a in sorted(errors, key=lambda a: -a[size])[:8]:
+            box = {key: a.get(key, 1.0) for key in ("category_id", "bbox", "score")}
+            image = source[numbers.index(a["image_id"])]["image"]
+            picture = sample.draw(image, {"objects": [box], "caption": text}, c)
+            pictures.append(ImageOps.contain(picture, (384, 384)))
+    if pictures:
+        data.tile(pictures).save(path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -599,48 +605,35 @@ def caption_words(text):
     return [BRACKETS.get(word, word) for word in WORD.findall(text)]
 
 
-def official_words(texts):
-    """list of str -> list of lists of words, by the Java program inside pycocoevalcap. It takes one
-    text per line, so line breaks inside of one would shift all that follow."""
-    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-    lines = (" ".join(text.encode("utf-8", "replace").decode().split()) for text in texts)
-    numbered = {i: [{"caption": line}] for i, line in enumerate(lines)}
-    lines = PTBTokenizer().tokenize(numbered)
-    return [lines[i][0].split() for i in numbered]
-
-
 def caption_scores(candidates, references):
     """{image_id: str}, {image_id: [str, ...]} -> {name: number} of the corpus, by the package
     pycocoevalcap; nothing without it.
 
-    Candidates decide which images count, also in CIDEr's weights. Words come from its Java
-    tokeniser, on which published numbers rest ("words": "ptb"), where Java is found, else from
-    `caption_words` ("own"). UserError names an image without references.
+    Candidates decide which images count, also in CIDEr's weights. Words are those of
+    `caption_words`, so that numbers do not depend on whether Java is found. UserError names an
+    image without references.
     """
     require(candidates, "no captions to score")
-    for image_id in candidates:
-        require(
-            references.get(image_id), f"image {image_id} has a caption to score, but no references")
+    for i in candidates:
+        require(references.get(i), f"image {i} has a caption to score, but no references")
     try:
         from pycocoevalcap.bleu.bleu import Bleu
         from pycocoevalcap.cider.cider import Cider
         from pycocoevalcap.rouge.rouge import Rouge
     except ImportError:
-        tokenizer.notice("ROUGE, CIDEr and BLEU need pip install pycocoevalcap")
+        notice("ROUGE, CIDEr and BLEU need pip install pycocoevalcap")
         return {}
-    official = shutil.which("java")
-    texts = [text for i, candidate in candidates.items() for text in (candidate, *references[i])]
-    words = map(" ".join, official_words(texts) if official else map(caption_words, texts))
-    found, truth = {}, {}
-    for i in candidates:
-        found[i], truth[i] = [next(words)], [next(words) for _ in references[i]]
+    def words(text):
+        return " ".join(caption_words(text))
+
+    found = {i: [words(text)] for i, text in candidates.items()}
+    truth = {i: list(map(words, references[i])) for i in candidates}
     scores = {"ROUGE_L": Rouge().compute_score(truth, found)[0]}
     if any(map(any, truth.values())):                  # these fail where there is no word at all
         scores["CIDEr"], _ = Cider().compute_score(truth, found)
         bleu, _ = Bleu(4).compute_score(truth, found, verbose=0)
         scores |= {f"BLEU_{n}": score for n, score in enumerate(bleu, 1)}
-    return {name: round(float(score), 5) for name, score in scores.items()} | {
-        "words": "ptb" if official else "own"}
+    return {name: round(float(score), 5) for name, score in scores.items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -670,7 +663,7 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b):
         kept = values > values[-1] * len(values) * np.finfo(np.float64).eps
         return vectors[:, kept] * np.sqrt(values[kept])
 
-    shared = np.linalg.svd(factor(cov_a).T @ factor(cov_b), compute_uv=False).sum()
+    shared = np.linalg.norm(factor(cov_a).T @ factor(cov_b), "nuc")
     apart = np.square(mean_a - mean_b).sum()
     return float(apart + np.trace(cov_a) + np.trace(cov_b) - 2 * shared)
 
@@ -680,32 +673,36 @@ def inception_score(probabilities, splits=10):
     exp(mean KL(p(y|x) || p(y))), 1 to K (1606.03498, section 4)."""
     scores = []
     splits = min(splits, len(probabilities))
-    for p in np.array_split(np.asarray(probabilities, np.float64), splits):
-        log, log_mean = (np.log(np.maximum(x, 1e-300)) for x in (p, p.mean(0)))    # 0 log 0 is 0
-        scores.append(np.exp((p * (log - log_mean)).sum(1).mean()))
+    probabilities = np.asarray(probabilities, np.float64).clip(1e-300)     # 0 log 0 is 0
+    for p in np.array_split(probabilities, splits):
+        divergence = p * (np.log(p) - np.log(p.mean(0)))
+        scores.append(np.exp(divergence.sum(1).mean()))
     return float(np.mean(scores)), float(np.std(scores))
 
 
-def as_frames(pixels):
-    """Clips (N, T, H, W, C) -> their frames (N T, H, W, C); images stay."""
-    return pixels.reshape(-1, *pixels.shape[-3:])
+def as_frames(pixels, dims=3):
+    """Clips (N, T, H, W, C) -> their frames (N T, H, W, C); images stay, and with 4 dims clips."""
+    return pixels.reshape(-1, *pixels.shape[-dims:])
 
 
-def image_batches(pixels, device, size=256):
-    """Yields uint8 (B, C, H, W) on the device."""
-    for part in torch.from_numpy(pixels).split(size):
-        yield part.to(device.device).movedim(-1, 1)
+@torch.no_grad()
+def outputs_of(network, pixels, device, size=256):
+    """What a network makes of pixels, as uint8 (B, C, H, W) on the device: a list of its outputs,
+    float32 on the CPU."""
+    batches = torch.from_numpy(pixels).split(size)
+    parts = [network(batch.to(device.device).movedim(-1, 1)) for batch in batches]
+    return [torch.cat(outputs).float().cpu() for outputs in zip(*parts)]
 
 
 def real_pixels(source, c, count):
     """Pixels of at most `count` items, of clips the frames after the context frames, and their
     labels (N,); in a fixed random order, as files are often sorted. No image is mirrored."""
     task = c.data.tasks[0]
-    still = sample.changed(c, flip=False)
+    still = changed(c, flip=False)
     stream = data.TrainStream(source, task, still, seed=0)
     batch = data.collate(task, still)([stream[i] for i in range(min(count, len(source)))])
     for message in batch.skipped:
-        tokenizer.notice(f"another image stands in the evaluation for {message}")
+        notice(f"another image stands in the evaluation for {message}")
     return batch.targets.movedim(1, -1).numpy(), batch.cond["labels"].numpy()
 
 
@@ -727,14 +724,12 @@ class ProxyClassifier(nn.Module):
         features = self.body(images.float() / 255 * 2 - 1).mean((2, 3))
         return features, self.head(features)
 
-    @torch.no_grad()
     def classify(self, pixels, device):
         """Pixels -> features (N or N T, 128) and classes (N,), of a clip the likeliest by the mean
         of its frames."""
-        parts = map(self, image_batches(as_frames(pixels), device))
-        features, scores = map(torch.cat, zip(*parts))
+        features, scores = outputs_of(self, as_frames(pixels), device)
         classes = scores.softmax(-1).unflatten(0, (len(pixels), -1)).mean(1).argmax(-1)
-        return features.cpu().numpy(), classes.cpu().numpy()
+        return features.numpy(), classes.numpy()
 
 
 def train_proxy(pixels, labels, classes, device, steps=300, seed=0):
@@ -747,7 +742,7 @@ def train_proxy(pixels, labels, classes, device, steps=300, seed=0):
     with device.fork_rng(seed):
         proxy = ProxyClassifier(images.shape[1], classes).to(device.device)
         optimizer = torch.optim.AdamW(proxy.parameters(), weight_decay=0.05)
-        rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=steps)
+        rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
         for _ in range(steps):
             chosen = torch.randint(len(labels), (64,))
             _, scores = proxy(images[chosen].to(device.device))
@@ -759,8 +754,7 @@ def train_proxy(pixels, labels, classes, device, steps=300, seed=0):
 
 
 def proxy_scores(pixels, labels, truth, train, c, device):
-    frames = pixels.shape[1] if pixels.ndim == 5 else 1
-    real = real_pixels(train, c, PROXY_IMAGES // frames)
+    real = real_pixels(train, c, PROXY_IMAGES // c.model.frames)
     proxy = train_proxy(*real, len(train.classes), device)
 
     def judge(pixels, labels):
@@ -789,13 +783,14 @@ class Inception:
     (features, probabilities), of uint8 (N, 3, H, W). UserError if the file is no TorchScript.
     """
     batch = 64
+    dims = 3
 
     def __init__(self, path, device):
         self.path = path
         with open(path, "rb") as f:
             self.key = hashlib.sha256(f.read()).hexdigest()[:16]
         try:
-            self.network = torch.jit.load(path, map_location=device.device).eval()
+            self.network = torch.jit.load(path, device.device).eval()
         except RuntimeError as e:
             raise UserError(
                 f"{path}: not a TorchScript file; weights alone do not say how to compute, make "
@@ -803,18 +798,16 @@ class Inception:
         self.keywords = {argument.name for argument in self.network.forward.schema.arguments}
         self.device = device
 
-    @torch.no_grad()
     def features(self, pixels):
         """Pixels -> (N, D) features, and (N, K) probabilities or None, float32."""
-        outputs = []
-        for images in image_batches(self.items(pixels), self.device, self.batch):
-            # A grey image has one channel, the network takes three.
-            output = self.outputs(images.repeat_interleave(3 // images.shape[1], 1))
-            outputs.append(output if isinstance(output, tuple) else (output,))
-        features, *rest = (torch.cat(parts).float().cpu().numpy() for parts in zip(*outputs))
-        return features.reshape(len(features), -1), rest[0] if rest else None
+        items = as_frames(pixels, self.dims)
+        features, *rest = outputs_of(self, items, self.device, self.batch)
+        return features.reshape(len(features), -1).numpy(), rest[0].numpy() if rest else None
 
-    items = staticmethod(as_frames)
+    def __call__(self, images):
+        # A grey image has one channel, the network takes three.
+        output = self.outputs(images.repeat_interleave(3 // images.shape[1], 1))
+        return output if isinstance(output, tuple) else (output,)
 
     def outputs(self, images):
         if not {"return_features", "no_output_bias"} <= self.keywords:
@@ -829,7 +822,7 @@ class I3D(Inception):
     [0, 255], and is called with rescale, resize and return_features. Any other TorchScript module
     will do that makes features (N, D) of that."""
     batch = 8
-    items = staticmethod(np.asarray)                   # clips stay whole
+    dims = 4                                           # clips stay whole
 
     def outputs(self, clips):
         wanted = self.keywords & {"rescale", "resize", "return_features"}
@@ -842,8 +835,7 @@ def network_scores(network, name, pixels, train, c):
     real = real_statistics(network, train, c, 5 * len(pixels) if train.endless else FID_IMAGES)
     scores = {name: frechet_distance(*feature_statistics(features), *real)}
     if probabilities is not None:
-        mean, std = inception_score(probabilities)
-        scores |= {"inception_score": mean, "inception_score_std": std}
+        scores["inception_score"], scores["inception_score_std"] = inception_score(probabilities)
     return scores
 
 
@@ -851,11 +843,11 @@ def real_statistics(network, train, c, count):
     """Mean and covariance of a network's features of training items. They are kept beside the
     network, in a file whose name says what they are of."""
     of = [
-        asdict(c.data), os.path.abspath(c.data.data_dir), len(train), count, network.key,
+        asdict(c.data), abspath(c.data.data_dir), len(train), count, network.key,
         c.model.sample_shape, c.model.cond_frames]
     key = hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]
     path = f"{network.path}.statistics_{key}.npz"
-    with contextlib.suppress(OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+    with suppress(OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         with np.load(path) as stored:
             return stored["mean"], stored["cov"]
     mean, cov = feature_statistics(network.features(real_pixels(train, c, count)[0])[0])
@@ -873,9 +865,10 @@ class EvalOptions(sample.Options):
     boxes: str = ""                     # seg, kpt: what about: own, truth, or a results file
     limit: Natural = 0                  # only so many items of the split; 0: all
     truth: bool = False                 # score the encoded and decoded truth: a ceiling
+    errors: bool = False                # det, seg, kpt: draw the worst of them
     watch: bool = False                 # evaluate last.pt of the run whenever it changes
     results: str = ""                   # files to score in place of a model, see `score_files`
-    truth_json: str = ""                # of results in COCO's panoptic format: the truth
+    truth_json: str = ""                # of results in COCO's formats: the truth
     truth_masks: str = ""               # its PNGs; of results of videos their folder
     batch_size: Count = 16              # items at a time
     workers: Natural = min(4, (os.cpu_count() or 1) - 1)    # processes that load data
@@ -904,7 +897,7 @@ def run(path, options, args, device):
     """Evaluate one checkpoint, print its numbers and save them beside it."""
     model, c = sample.load_model(path, device)
     c = sample.apply(c, args, options)
-    tasks, start = sample.pick_tasks(options.task, c), time.time()
+    tasks, start = sample.pick_tasks(options.task, c), time()
     require(
         not options.truth or set(tasks) <= set(TRUTH),
         f"--truth: only for {', '.join(TRUTH)}, this model generates")
@@ -912,7 +905,7 @@ def run(path, options, args, device):
     if boxes not in ("", "own", "truth"):
         boxes = read_boxes(boxes, data.make_source(c, options.split, tasks[0]), c)
     kind = options.split + "_truth" * options.truth
-    stem = options.out or f"{os.path.splitext(path)[0]}_{kind}"
+    stem = options.out or f"{splitext(path)[0]}_{kind}"
     require(
         sample.real(options.boxes) not in {sample.real(f"{stem}_{task}.json") for task in tasks},
         f"--boxes={options.boxes} would be overwritten: use another --out")
@@ -921,11 +914,13 @@ def run(path, options, args, device):
         batch_size=options.batch_size, workers=options.workers, seed=options.seed)
     if not device.first:
         return
-    seconds = round(time.time() - start, 1)
+    seconds = round(time() - start, 1)
     print(f"{path}, {kind}, {seconds} s")
     for task in tasks:
         print(f"{task}: predictions in {WRITE[task](predictions[task], f'{stem}_{task}')}")
         print_scores(metrics[task])
+        if options.errors and task in COCO_TASKS:
+            draw_errors(task, predictions[task], c, options.split, f"{stem}_{task}_errors.png")
     content = {
         "checkpoint": path,
         "seconds": seconds,
@@ -945,10 +940,18 @@ def print_scores(scores):
 
 
 def score_files(options):
-    """Scores of results that others made: PQ of COCO's panoptic format (a JSON file, its PNGs in
-    the folder of that name); STQ and J&F of folders of PNGs per video, as KITTI-STEP or DAVIS has
-    them."""
+    """Scores of results that others made: those of COCO's results, a JSON file, that options.task
+    is of, det if it is all; PQ of COCO's panoptic format (a JSON file, its PNGs in the folder of
+    that name); STQ and J&F of folders of PNGs per video, as KITTI-STEP or DAVIS has them."""
     truth_json, maps, results = options.truth_json, options.truth_masks, options.results
+    if truth_json and not maps:
+        task = "det" if options.task == "all" else options.task
+        tokenizer.check_choice(task, (*COCO_TASKS, "cap"), "task")
+        source = data.Coco(truth_json, None, bad_boxes="drop", task=task)
+        rows = data.read_results(results, source.sizes, source.category, task)
+        if task == "cap":
+            return score_captions({row["image_id"]: row for row in rows}, source, None, None)
+        return average_precision(source.truth(task), rows, source.sizes, task)
     if truth_json:
         truth = data.coco_maps(truth_json, maps)
         found = data.coco_maps(results, results.removesuffix(".json"), truth_json=truth_json)
@@ -957,14 +960,13 @@ def score_files(options):
     with Image.open(clips[0][2][0]) as first:
         kind = data.davis_clips if first.mode in ("P", "L") else data.step_clips
     truth, found = (kind([(*clip[:2], (), clip[side]) for clip in clips]) for side in (2, 3))
-    scores = tracking_quality(zip(truth, found), truth.categories)
-    return scores | region_and_boundary(zip(truth, found), truth.categories)
+    return video_quality(zip(truth, found), truth.categories)
 
 
 def write_results(task, predictions, stem):
     """A JSON file in COCO's format of results."""
     if task == "cap":
-        results = [{"image_id": i, "caption": p["caption"]} for i, p in predictions.items()]
+        results = [{"image_id": i, **said} for i, said in predictions.items()]
     else:
         results = coco_results(task, predictions)
     with open(f"{stem}.json", "w") as f:
@@ -986,9 +988,9 @@ WRITE = {task: partial(write_results, task) for task in (*COCO_TASKS, "cap")} | 
 
 def read_boxes(path, source, c):
     """A results file in COCO's format -> {image_id: objects}, what seg and kpt are asked about."""
-    boxes, categories = {}, {category["id"]: category for category in c.categories}
+    boxes, categories = defaultdict(list), {category["id"]: category for category in c.categories}
     for result in data.read_results(path, source.sizes, categories):
-        boxes.setdefault(result["image_id"], []).append(result)
+        boxes[result["image_id"]].append(result)
     return boxes
 
 
@@ -996,15 +998,15 @@ def watch(options, args, device):
     """Evaluate the run's last checkpoint whenever it is a new one, until interrupted."""
     done = None
     while True:
-        with contextlib.suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
             path = sample.find_checkpoint(options.ckpt)
-            if not os.path.isfile(options.ckpt):
-                path = f"{os.path.dirname(path)}/last.pt"
-            changed = os.path.getmtime(path)
-            if changed != done:
+            if not isfile(options.ckpt):
+                path = f"{dirname(path)}/last.pt"
+            written = getmtime(path)
+            if written != done:
                 run(path, options, args, device)
-                done = changed
-        time.sleep(5)
+                done = written
+        sleep(5)
 
 
 if __name__ == "__main__":

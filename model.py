@@ -18,6 +18,7 @@ import contextlib
 import copy
 import glob
 import importlib.util
+import json
 import math
 import os
 import re
@@ -96,26 +97,27 @@ class Attention(nn.Module):
         self.q = nn.Linear(dim, att_dim)
         self.kv = nn.Linear(context_dim or dim, 2 * att_dim)
         self.out = nn.Linear(att_dim, dim)
+        for layer in self.q, self.kv:                   # in the reference D x heads x size,
+            layer.fans = layer.in_features * (heads + att_dim // heads)
+        self.out.fans = att_dim + heads * dim           # and heads x size x D
 
     def project(self, context):
-        """(B, N, context_dim) -> keys and values in one tensor."""
-        kv = self.kv(context).unflatten(2, (2, self.heads, -1))             # (B, N, 2, nh, hs)
-        return kv.permute(2, 0, 3, 1, 4)                # (2, B, nh, N, hs)
+        """(B, N, context_dim) -> keys and values in one tensor (2, B, nh, N, hs)."""
+        return self.kv(context).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
     def query(self, x):
-        q = self.q(x).unflatten(2, (self.heads, -1))    # (B, T, nh, hs)
-        return q.transpose(1, 2)                        # (B, nh, T, hs)
+        return self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)     # (B, nh, T, hs)
 
     def forward(self, x, kv, causal=0, at=None):
         """causal: see Layer. at: positions (T,) of x, of which keys have the first N; None: the
         same ones."""
         q, (k, v) = self.query(x), kv                   # (B, nh, T, hs), (B, nh, N, hs)
-        dropout, mask = self.dropout if self.training else 0.0, None
+        mask = None
         if causal > 1 or at is not None:
             chunk = torch.arange(k.shape[2], device=x.device) // causal
             mask = (chunk if at is None else at // causal)[:, None] >= chunk        # (T, N)
-        is_causal = causal == 1 and mask is None
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
+        y = F.scaled_dot_product_attention(
+            q, k, v, mask, self.dropout * self.training, causal == 1 and mask is None)
         return self.out(y.transpose(1, 2).flatten(2))   # (B, T, dim)
 
 
@@ -216,6 +218,7 @@ class EncoderConfig:
     fit_copies: Natural = 1             # fit: more groups, each the whole image as small as a cell
     fit_latents: Count = 32             # fit: latents of a group
     fit_latent_dim: Count = 768         # fit: their width
+    patch_norm: bool = True             # normalise patches, as other code's ViT does not
     pos_encoding: Code = "sin_cos"      # position of an image patch
     cls_token: bool = False             # prepend a learned token to the patches
     drop_path: Rate = 0.1               # fraction of residual branches left out in training
@@ -259,7 +262,7 @@ class Encoder(nn.Module):
         require(
             0 not in self.grid,
             f"image_size {c.image_size} is smaller than patch_size {c.patch_size}")
-        self.patch_norm = layer_norm(dim)
+        self.patch_norm = layer_norm(dim) if c.patch_norm else nn.Identity()
         self.position = Position(c.pos_encoding, *self.grid, dim)
         self.cls = embedding(1, dim) if c.cls_token else None
         self.layers = Layers(c.enc_layers, dim, c.enc_mlp, c.enc_heads, **dropouts(c))
@@ -271,8 +274,7 @@ class Encoder(nn.Module):
         maps = []
         if hasattr(self, "resnet"):
             *maps, last = self.resnet(images)
-            features = last.flatten(2).mT               # (B, N, channels)
-            x = self.patch(self.dropout(features))      # (B, N, D)
+            x = self.patch(self.dropout(last.flatten(2).mT))                # (B, N, D)
         else:
             x = self.patch(images).flatten(2).mT        # (B, N, D)
         x = self.position(self.patch_norm(x))
@@ -323,19 +325,17 @@ class Generated(NamedTuple):
 class Pix2Seq(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.config = c
+        self.config, dim = c, c.dec_dim
         if c.encoder == "fit":                          # the decoder attends to what it says
             self.encoder = FITEncoder(c)
-            self.decoder = Decoder(c, self.encoder.dim)
-            return initialize(self)
-        self.encoder = Encoder(c)
-        dim = c.dec_dim
-        self.proj, self.proj_norm = nn.Linear(c.enc_dim, dim), layer_norm(dim)
-        if c.projection != "linear":
-            self.proj_position = Position(c.pos_encoding, *self.encoder.grid, dim)
-        if c.projection == "mlp":
-            ratio = c.enc_mlp // c.enc_dim              # the encoder's, as in the reference
-            self.proj_mlp = MLP(dim, ratio * dim, c.drop_path, c.dropout)
+            dim = self.encoder.dim
+        else:
+            self.encoder = Encoder(c)
+            self.proj, self.proj_norm = nn.Linear(c.enc_dim, dim), layer_norm(dim)
+            if c.projection != "linear":
+                self.proj_position = Position(c.pos_encoding, *self.encoder.grid, dim)
+            if c.projection == "mlp":                   # the encoder's ratio, as in the reference
+                self.proj_mlp = MLP(dim, c.enc_mlp // c.enc_dim * dim, c.drop_path, c.dropout)
         self.decoder = Decoder(c, dim)
         initialize(self)
 
@@ -346,8 +346,8 @@ class Pix2Seq(nn.Module):
         x, _ = self.encoder(images)                     # (B, N, enc_dim)
         x = self.proj_norm(self.proj(x))                # (B, N, dec_dim)
         if self.config.projection != "linear":
-            n = math.prod(self.encoder.grid)            # a class token has no position
-            x = torch.cat([x[:, :-n], self.proj_position(x[:, -n:])], 1)
+            first = int(self.config.cls_token)          # a class token has no position
+            x = torch.cat([x[:, :first], self.proj_position(x[:, first:])], 1)
         if self.config.projection == "mlp":
             x = self.proj_mlp(x)
         return x
@@ -387,8 +387,7 @@ class Pix2Seq(nn.Module):
         caches = [Cache(layer, context, P) for layer in self.decoder.layers]
         tokens = new.new_zeros(S, length)
         probs = torch.zeros(S, length, device=device)
-        chosen = len(self.decoder.embed[return_logprobs])
-        logprobs = probs.new_full((S, length, chosen), -math.inf)
+        logprobs = probs.new_full((S, length, len(self.decoder.embed[return_logprobs])), -math.inf)
         rows = torch.arange(S, device=device)           # the sequences that have not ended
         if P > 1:
             self.decoder(new[:, :-1], context, caches, at[:-1])
@@ -431,8 +430,7 @@ class Pix2Seq(nn.Module):
                         cache.select(kept)
         if end is not None:
             after = (tokens == end).cumsum(1).cumsum(1) > 1
-            tokens.masked_fill_(after, 0)
-            probs.masked_fill_(after, 0)
+            tokens[after] = probs[after] = 0
         return Generated(*(x.unflatten(0, (B, -1)) for x in (tokens, probs, logprobs)))
 
 
@@ -499,11 +497,12 @@ def filter_logits(logits, top_k=0, top_p=1.0):
 
 @torch.no_grad()
 def attention_maps(model, context, tokens):
-    """Where the decoder of a Pix2Seq looks: (1, N, dim) and input tokens (1, T) -> (T, N), per next
-    token the cross-attention to the encoded image, averaged over layers and heads."""
+    """What the decoder of a Pix2Seq makes of an encoded image (1, N, dim) and input tokens (1, T):
+    logits of the next tokens (T, V), and where it looks for each (T, N), the cross-attention
+    averaged over layers and heads."""
     maps = []
 
-    def look(attention, args, _):
+    def look(attention, args):
         x, (k, _), *_ = args                                    # (1, T, D), (1, nh, N, hs)
         q = attention.query(x)                                  # (1, nh, T, hs)
         weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
@@ -511,9 +510,9 @@ def attention_maps(model, context, tokens):
 
     with contextlib.ExitStack() as hooks:
         for layer in model.decoder.layers:
-            hooks.enter_context(layer.cross_att.register_forward_hook(look))
-        model.decoder(tokens, context)
-    return torch.stack(maps).mean(0)
+            hooks.enter_context(layer.cross_att.register_forward_pre_hook(look))
+        x = model.decoder(tokens, context)
+    return model.decoder.scores(x)[0], torch.stack(maps).mean(0)
 
 
 def output_losses(decoder, x, targets, smoothing, most=1 << 24):
@@ -570,10 +569,10 @@ class DropPath(nn.Dropout):
     """Leaves out a residual branch of some examples (stochastic depth, 1603.09382)."""
 
     def forward(self, x):
-        if not self.training or self.p == 0:
-            return x
-        keep = torch.rand(len(x), 1, 1, device=x.device) < 1 - self.p
-        return x * keep / (1 - self.p)
+        if self.training and self.p:
+            keep = torch.rand(len(x), 1, 1, device=x.device) < 1 - self.p
+            x = x * keep / (1 - self.p)
+        return x
 
 
 def dropouts(c):
@@ -583,18 +582,13 @@ def dropouts(c):
 
 def initialize(model):
     """Glorot-uniform dense and convolution weights, zero biases; embeddings keep their truncated
-    normal (std 0.02). Inputs and outputs are counted as the reference shapes its weights, an
-    attention's D x heads x size and heads x size x D: it decides how soon small networks learn."""
-    for module in model.modules():                      # each before its parts
-        if isinstance(module, Attention):
-            heads, size = module.heads, module.q.out_features // module.heads
-            for part in module.q, module.kv:
-                part.fans = part.in_features * (heads + size)
-            module.out.fans = heads * (size + module.out.out_features)
+    normal (std 0.02). `fans` of a layer are its inputs and outputs as the reference counts them:
+    it decides how soon small networks learn."""
+    for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             if module.bias is None:    # a ResNet's: truncated normal of variance 1 / inputs
-                std = module.weight[0].numel() ** -0.5
-                edge = 2 * std / 0.87962566             # the cut leaves a deviation of std
+                # The cut leaves 0.88 of the deviation.
+                edge = 2 * module.weight[0].numel() ** -0.5 / 0.87962566
                 nn.init.trunc_normal_(module.weight, std=edge / 2, a=-edge, b=edge)
             else:
                 nn.init.xavier_uniform_(module.weight)
@@ -642,15 +636,14 @@ class Bottleneck(nn.Module):
 
     def __init__(self, inputs, width, stride=1, dilation=1):
         super().__init__()
+        outputs = 4 * width
         self.convs = nn.ModuleList([
             ConvNorm(inputs, width, 1),
             ConvNorm(width, width, 3, stride, dilation),
-            ConvNorm(width, 4 * width, 1),
+            ConvNorm(width, outputs, 1),
         ])
         nn.init.zeros_(self.convs[2].norm.weight)
-        self.shortcut = nn.Identity()
-        if inputs != 4 * width:
-            self.shortcut = ConvNorm(inputs, 4 * width, 1, stride)
+        self.shortcut = ConvNorm(inputs, outputs, 1, stride) if inputs != outputs else nn.Identity()
 
     def forward(self, x):
         reduce, conv, expand = self.convs
@@ -678,7 +671,8 @@ class ResNet(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        strides, self.freeze = RESNET_STRIDES[c.resnet_variant], c.freeze_bn
+        self.freeze = c.freeze_bn
+        layout = zip(RESNET_STRIDES[c.resnet_variant], RESNET_BLOCKS[c.resnet_depth])
         w = int(64 * c.resnet_width)
         half = w // 2
         if c.resnet_variant == "c3":
@@ -688,26 +682,23 @@ class ResNet(nn.Module):
         self.stem, self.stages = nn.ModuleList(stem), nn.ModuleList()
         self.shapes = []                                # (C, H, W) of the maps, finest first
         channels, total = w, 2 * stem[0].conv.stride[0]         # total: stride from the image on
-        for i, (stride, blocks) in enumerate(zip(strides, RESNET_BLOCKS[c.resnet_depth])):
+        for i, (stride, blocks) in enumerate(layout):
             width, total = w << i, total * stride
             # dc5's last stage is dilated, but not its first block, as in the reference.
             dilation = 2 if i and stride == 1 else 1
             stage = [Bottleneck(channels, width, stride)]
             channels = 4 * width
-            for _ in range(blocks - 1):
-                stage.append(Bottleneck(channels, width, dilation=dilation))
+            stage += [Bottleneck(channels, width, 1, dilation) for _ in range(blocks - 1)]
             self.stages.append(nn.Sequential(*stage))
             self.shapes.append((channels, *(math.ceil(side / total) for side in c.image_size)))
         self.train()
 
-    def norms(self):
-        return [module for module in self.modules() if hasattr(module, "running_mean")]
-
     def train(self, mode=True):
         super().train(mode)
         if self.freeze:
-            for norm in self.norms():
-                norm.eval().requires_grad_(False)
+            for module in self.modules():
+                if hasattr(module, "running_mean"):     # batch norm, of one process or of several
+                    module.eval().requires_grad_(False)
         return self
 
     def forward(self, images):
@@ -762,8 +753,7 @@ class ScalarEmbedding(nn.Module):
     def forward(self, t, features=None):
         code = sincos(t.float() * self.scaling, self.fc1.in_features)       # (B, dim / 4)
         if self.normalize:
-            std = code.std(1, correction=0, keepdim=True)
-            code = (code - code.mean(1, keepdim=True)) / std
+            code = (code - code.mean(1, keepdim=True)) / code.std(1, correction=0, keepdim=True)
         x = F.silu(self.fc1(code))                      # (B, dim)
         return self.fc2(x if features is None else torch.cat([x, features], 1))
 
@@ -772,18 +762,19 @@ def check_inputs(c, x, labels, **conditions):
     """UserError if a denoiser's input has another shape than it predicts, or if it gets a
     condition that it does not take, or not one that it needs: name=(value, width or 0). Returns
     the labels as `one_hot_labels` does."""
-    if x.shape[1:] != c.sample_shape:
-        raise UserError(f"samples of shape {tuple(x.shape[1:])}, expected {c.sample_shape}")
-    if labels is not None and not c.num_classes:
-        raise UserError("labels: this network takes none")
+    require(
+        x.shape[1:] == c.sample_shape,
+        f"samples of shape {tuple(x.shape[1:])}, expected {c.sample_shape}")
+    require(labels is None or c.num_classes, "labels: this network takes none")
     check_conditions(**conditions)
     return one_hot_labels(labels, c.num_classes, x)
 
 
 def check_conditions(**conditions):
     for name, (value, width) in conditions.items():
-        if (value is not None) != bool(width):
-            raise UserError(f"{name}: this network {'needs them' if width else 'takes none'}")
+        require(
+            (value is not None) == bool(width),
+            f"{name}: this network {'needs them' if width else 'takes none'}")
 
 
 def one_hot_labels(labels, classes, x):
@@ -828,9 +819,9 @@ def to_patches(x, patch_shape):
 
 
 def from_patches(x, patch_shape, shape):
-    """(B, N, t * h * w * C) -> `shape`: (B, C, [T,] H, W)."""
+    """(B, N, t * h * w * C), or of more dimensions -> `shape`: (B, C, [T,] H, W)."""
     (_, h, w, _), (B, C, *T, H, W) = patch_shape, shape
-    x = x.view(B, -1, H // h, W // w, *patch_shape)     # (B, T', H', W', t, h, w, C)
+    x = x.reshape(B, -1, H // h, W // w, *patch_shape)  # (B, T', H', W', t, h, w, C)
     x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)               # (B, C, T', t, H', h, W', w)
     x = x.reshape(B, C, -1, H, W)
     return x[:, :, :math.prod(T)].reshape(shape)        # without what filled the last patch
@@ -868,8 +859,8 @@ class InterfaceConv(nn.Module):
         tokens, extra = x.tensor_split([math.prod(self.grid)], 1)
         y = tokens.unflatten(1, self.grid).flatten(0, 1).movedim(3, 1)      # (B * T, D, H, W)
         y = self.dropout(F.silu(self.norm(self.depthwise_conv(y))))
-        y = self.pointwise_conv(y).movedim(1, 3)        # (B * T, H, W, D)
-        return torch.cat([tokens + y.reshape(tokens.shape), extra], 1)
+        y = self.pointwise_conv(y).movedim(1, 3).reshape(tokens.shape)
+        return torch.cat([tokens + y, extra], 1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -931,8 +922,7 @@ class RINBlock(nn.Module):
         that are only read (B, ., cond_dim), K together."""
         if self.read_cond:
             latents, extra = self.read_cond(latents, torch.cat(extra, 1)), []
-        context = torch.cat([interface, *extra], 1)             # (B, N + K, interface_dim)
-        latents = self.process(self.read(latents, context))
+        latents = self.process(self.read(latents, torch.cat([interface, *extra], 1)))
         if self.write:
             interface = self.write(interface, latents)
         return latents, self.conv(interface)
@@ -949,8 +939,8 @@ class RIN(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.config = c
-        self.video = len(c.sample_shape) == 4
-        label_token = c.num_classes > 0 and not self.video      # in a video it goes with the time
+        # In a video the label goes with the time.
+        label_token = c.num_classes > 0 and len(c.sample_shape) == 3
         dim, latent_dim = c.interface_dim, c.latent_dim
         cond_dim = c.cond_dim or dim
         extra = not c.time_on_latents or label_token and not c.cond_on_latents
@@ -963,7 +953,7 @@ class RIN(nn.Module):
             not extra or cond_dim == dim or c.cond_decoupled_read,
             f"cond_dim {cond_dim} is not interface_dim {dim}: it needs cond_decoupled_read")
 
-        rows, cols = (side // c.interface_patch for side in c.sample_size)
+        grid = [side // c.interface_patch for side in c.sample_size]
         steps = sum(math.ceil(frames / c.frame_stride) for frames in (c.frames, c.cond_frames))
         self.patch_shape = c.frame_stride, c.interface_patch, c.interface_patch, c.channels
         patch_dim = math.prod(self.patch_shape)
@@ -971,15 +961,12 @@ class RIN(nn.Module):
         self.patch.fans = patch_dim // c.channels * (c.channels + dim)
         self.patch_norm = layer_norm(dim)
         self.interface_position = Position(
-            c.interface_position, rows, cols, dim, c.time_scaling, steps)
+            c.interface_position, *grid, dim, c.time_scaling, steps)
         own = c.latents - c.time_on_latents - label_token * c.cond_on_latents
-        self.latent_position = Position(c.latent_position, own, 1, latent_dim, c.time_scaling)
+        self.latent_position = Position(c.latent_position, 1, own, latent_dim, c.time_scaling)
         self.time_emb = ScalarEmbedding(
-            latent_dim if c.time_on_latents else cond_dim,
-            c.time_scaling,
-            c.num_classes if self.video else 0,
-            normalize=True,
-        )
+            latent_dim if c.time_on_latents else cond_dim, c.time_scaling,
+            0 if label_token else c.num_classes, normalize=True)
         self.cond_proj = None
         if label_token:
             width = latent_dim if c.cond_on_latents else cond_dim
@@ -987,7 +974,7 @@ class RIN(nn.Module):
         self.latent_prev = WarmStart(latent_dim, c.latent_mlp_ratio, "latent" in c.self_cond)
         self.interface_prev = WarmStart(dim, c.interface_mlp_ratio, "interface" in c.self_cond)
         self.blocks = nn.ModuleList(
-            RINBlock(c, layers, cond_dim, (steps, rows, cols)) for layers in c.latent_layers)
+            RINBlock(c, layers, cond_dim, (steps, *grid)) for layers in c.latent_layers)
         self.norm = layer_norm(dim)
         self.output = nn.Linear(dim, patch_dim)
         initialize(self)
@@ -1014,8 +1001,8 @@ class RIN(nn.Module):
         old_latents, old_interface = self_cond or (None, None)
 
         # Tokens for time and condition stand among the latents, or beside the interface.
-        time = self.time_emb(gamma, labels if self.video else None)[:, None]        # (B, 1, D)
-        latents, extra = [self.latent_position.start(len(x)).flatten(1, 2)], []
+        time = self.time_emb(gamma, None if self.cond_proj else labels)[:, None]   # (B, 1, D)
+        latents, extra = [self.latent_position.start(len(x))[:, 0]], []
         (latents if c.time_on_latents else extra).append(time)
         if self.cond_proj:
             token = self.cond_proj(labels)                      # (B, D) or (B, S, D)
@@ -1107,18 +1094,17 @@ class FITBlock(nn.Module):
 
     def forward(self, x, latents, cond=None):
         """x (B, G, N, dim), latents (B, G, M, latent_dim), and extra tokens (B, K, latent_dim)."""
-        groups, x = x.shape[:2], self.local(x.flatten(0, 1))                # (B G, N, dim)
+        tokens = self.local(x.flatten(0, 1))                                # (B G, N, dim)
         if self.read:
-            latents = self.read(latents.flatten(0, 1), x)                   # (B G, M, latent_dim)
-            latents = latents.unflatten(0, groups).flatten(1, 2)            # (B, G M, latent_dim)
+            read = self.read(latents.flatten(1, 2), tokens)                 # (B, G M, latent_dim)
             if self.read_cond:
-                latents = self.read_cond(latents, cond)
-            latents = self.process(latents).unflatten(1, (groups[1], -1))   # (B, G, M, latent_dim)
+                read = self.read_cond(read, cond)
+            latents = self.process(read).view(latents.shape)
         if self.write:
             # Zeros stand before the first group.
             known = F.pad(latents, (0, 0, 0, 0, 1, -1)) if self.causal else latents
-            x = self.write(x, known.flatten(0, 1))
-        return x.unflatten(0, groups), latents
+            tokens = self.write(tokens, known.flatten(0, 1))
+        return tokens.view(x.shape), latents
 
 
 def fit_blocks(c, **options):
@@ -1137,18 +1123,6 @@ def fit_blocks(c, **options):
 # --------------------------------------------------------------------------------------------------
 # FIT as an encoder of images, and as a denoiser (2305.12689)
 
-def to_cells(x, side):
-    """(B, C, H, W) -> (B, side * side, C, H / side, W / side), row by row."""
-    rows = x.chunk(side, 2)
-    return torch.stack([cell for row in rows for cell in row.chunk(side, 3)], 1)
-
-
-def from_cells(cells, side):
-    """The inverse of `to_cells`."""
-    rows = [torch.cat(row.unbind(1), 3) for row in cells.chunk(side, 1)]
-    return torch.cat(rows, 2)
-
-
 class FITStem(nn.Module):
     """What the first FITBlock of an encoder or a denoiser sees: tokens of the patches of all
     groups, and the start of their latents."""
@@ -1156,7 +1130,9 @@ class FITStem(nn.Module):
     def __init__(self, c, groups):
         super().__init__()
         self.config, dim = c, c.fit_dim
-        self.grid = tuple(side // c.fit_grid // c.fit_patch for side in c.sample_size)  # of a group
+        cell = [side // c.fit_grid for side in c.sample_size]
+        self.grid = tuple(side // c.fit_patch for side in cell)     # of a group
+        self.cell_shape = 1, *cell, c.channels
         self.patch_shape = 1, c.fit_patch, c.fit_patch, c.channels
         self.patch = nn.Linear(math.prod(self.patch_shape), dim)
         self.patch_norm = layer_norm(dim)
@@ -1164,11 +1140,14 @@ class FITStem(nn.Module):
         self.latent_position = Position(
             c.fit_position, groups, c.fit_latents, c.fit_latent_dim, 1000)
 
+    def cells(self, x):
+        """(B, C, H, W) -> (B, C, cells, h, w): large patches, row by row, as frames of a video."""
+        return to_patches(x, self.cell_shape).unflatten(2, self.cell_shape[1:]).movedim(4, 1)
+
     def tokens(self, groups):
-        """(B, G, C, h, w) -> (B, G, N, dim)."""
-        patches = to_patches(groups.flatten(0, 1), self.patch_shape)        # (B G, N, p * p * C)
-        x = self.position(self.patch_norm(self.patch(patches)))
-        return x.unflatten(0, groups.shape[:2])
+        """(B, C, G, h, w) -> (B, G, N, dim)."""
+        x = self.patch_norm(self.patch(to_patches(groups, self.patch_shape)))
+        return self.position(x.unflatten(1, (groups.shape[2], -1)))
 
 
 class FITEncoder(FITStem):
@@ -1201,9 +1180,9 @@ class FITEncoder(FITStem):
         unused.requires_grad_(False)
 
     def forward(self, images):
-        cells = to_cells(images, self.config.fit_grid)  # (B, cells, 3, h, w)
-        small = F.interpolate(images, cells.shape[-2:], mode="bilinear")[:, None]
-        x = self.tokens(torch.cat([small] * self.copies + [cells], 1))      # (B, G, N, D)
+        cells = self.cells(images)                      # (B, 3, cells, h, w)
+        small = F.interpolate(images, cells.shape[-2:], mode="bilinear")[:, :, None]
+        x = self.tokens(torch.cat([small] * self.copies + [cells], 2))      # (B, G, N, D)
         latents = self.latent_position.start(len(x))    # (B, G, M, latent_dim)
         for block in self.blocks:
             x, latents = block(x, latents)
@@ -1226,7 +1205,7 @@ class FIT(FITStem):
         self.latent_prev = WarmStart(dim, c.fit_mlp_ratio, c.self_cond == "latent")
         self.blocks = fit_blocks(c, cond=True)
         self.norm = layer_norm(c.fit_dim)
-        self.output = nn.Linear(c.fit_dim, math.prod(self.patch_shape))
+        self.output = nn.Linear(c.fit_dim, self.patch.in_features)
         initialize(self)
 
     def forward(self, x, gamma, self_cond=None, labels=None):
@@ -1243,14 +1222,14 @@ class FIT(FITStem):
         labels = check_inputs(c, x, labels)                     # (B, num_classes)
         token = self.cond_proj(labels).view(len(x), -1, c.fit_latent_dim)   # none without classes
         cond = torch.cat([self.time_emb(gamma)[:, None], token], 1)         # (B, K, latent_dim)
-        cells = to_cells(x, c.fit_grid)                         # (B, G, C, h, w)
+        cells = self.cells(x)                                   # (B, C, G, h, w)
         tokens = self.tokens(cells)                             # (B, G, N, D)
         latents = self.latent_prev(self.latent_position.start(len(x)), *(self_cond or ()))
         for block in self.blocks:
             tokens, latents = block(tokens, latents, cond)
-        out = self.output(self.norm(tokens)).flatten(0, 1)      # (B G, N, p * p * C)
-        out = from_patches(out, self.patch_shape, cells.flatten(0, 1).shape)
-        return from_cells(out.view(cells.shape), c.fit_grid), (latents,)
+        out = self.output(self.norm(tokens))                    # (B, G, N, p * p * C)
+        out = from_patches(out, self.patch_shape, cells.shape).movedim(1, 4)    # (B, G, h, w, C)
+        return from_patches(out, self.cell_shape, x.shape), (latents,)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1275,8 +1254,7 @@ class ImageARConfig(FITSizes):
 def image_tokens(pixels, c):
     """uint8 (B, C, H, W) -> int64 (B, G, N): a group per patch, those of every other row from right
     to left, so that each lies beside the last; in it pixels row by row, of each its colours."""
-    levels = pixels.long() * c.levels // 256
-    return serpentine(to_patches(levels, c.group_shape), c)
+    return serpentine(to_patches(pixels.long() * c.levels // 256, c.group_shape), c)
 
 
 def token_image(tokens, c):
@@ -1306,10 +1284,8 @@ class ImageAR(Vocabulary):
         self.label_proj = nn.Linear(c.num_classes, dim) if c.num_classes else None
         self.position = Position(c.fit_position, tokens, 1, dim, 1000)
         self.blocks = fit_blocks(c, causal=c.fit_latents)
-        self.latent_position = None
-        if self.blocks[0].read:
-            self.latent_position = Position(
-                c.fit_position, self.groups, c.fit_latents, c.fit_latent_dim, 1000)
+        self.latent_position = self.blocks[0].read and Position(
+            c.fit_position, self.groups, c.fit_latents, c.fit_latent_dim, 1000)
         self.norm = layer_norm(dim)
         initialize(self)
 
@@ -1352,8 +1328,8 @@ class ImageAR(Vocabulary):
             seen = [[] for _ in blocks]                # what latents of each block will read
             for n in range(N):
                 t = g * N + n
-                at = places[n:n + 1]
-                x = self.start(tokens[:, None, t:t + 1], labels, at)[:, 0]  # (B, 1, D)
+                at = places[n, None]
+                x = self.start(tokens[:, None, t, None], labels, at)[:, 0]  # (B, 1, D)
                 for i, block in enumerate(blocks):
                     x = block.local(x, caches=local[i], at=at)
                     seen[i].append(x)
@@ -1363,12 +1339,11 @@ class ImageAR(Vocabulary):
                     logits = self.scores(self.norm(x))[:, 0].float()        # (B, V)
                     uniform = torch.rand(B, generator=generator, device=given.device)
                     tokens[:, t + 1] = sample_token(logits, uniform, **sampling)
-            if starts is not None:
-                latents = starts[:, g]                 # (B, M, latent_dim)
+            latents = self.latent_position and starts[:, g]    # (B, M, latent_dim)
             for i, block in enumerate(blocks):
                 if block.read:
                     latents = block.read(latents, torch.cat(seen[i], 1))
-                    at = places[g * M:(g + 1) * M]
+                    at = places.split(M)[g]
                     latents = block.process(latents, caches=process[i], at=at)
                 if block.write:
                     write[i] = Cache(block.write, latents)
@@ -1378,8 +1353,7 @@ class ImageAR(Vocabulary):
 def image_losses(forward, batch, c):
     """The cross entropy per token (B,), in nats, of the targets of a data.Batch, uint8 pixels."""
     tokens = image_tokens(batch.targets, c.model)
-    logits = forward(tokens, batch.cond["labels"])
-    return token_losses(logits, tokens).flatten(1).mean(1)
+    return token_losses(forward(tokens, batch.cond["labels"]), tokens).flatten(1).mean(1)
 
 
 def image_loss(forward, batch, c):
@@ -1435,67 +1409,60 @@ class ResBlock(nn.Module):
         return (self.shortcut(x) + self.conv_1(self.dropout(y))) / math.sqrt(2)
 
 
-class PixelAttention(nn.Module):
+class PixelAttention(nn.ModuleDict):
     """Pixels of a map (B, dim, H, W) attend to a sequence (B, S, context_dim), if there is one,
     then to each other."""
 
     def __init__(self, dim, head_dim, context_dim=0):
         super().__init__()
-        heads = dim // head_dim
-        width = heads * head_dim
-        if context_dim:
-            self.cross_norm = nn.GroupNorm(32, dim)
-            self.cross_att = Attention(dim, heads, context_dim, width)
-        self.self_norm, self.self_att = nn.GroupNorm(32, dim), Attention(dim, heads, att_dim=width)
+        heads, self.kinds = dim // head_dim, ["cross", "self"] if context_dim else ["self"]
+        for kind in self.kinds:
+            width = context_dim if kind == "cross" else dim
+            self[f"{kind}_norm"] = nn.GroupNorm(32, dim)
+            self[f"{kind}_att"] = Attention(dim, heads, width, heads * head_dim)
 
     def forward(self, x, context=None):
-        if hasattr(self, "cross_att"):
-            x = self.attend(x, self.cross_norm, self.cross_att, context)
-        return self.attend(x, self.self_norm, self.self_att)
-
-    def attend(self, x, norm, attention, context=None):
-        y = norm(x).flatten(2).mT                       # (B, H * W, dim)
-        y = attention(y, attention.project(y if context is None else context))
-        return (x + y.mT.reshape(x.shape)) / math.sqrt(2)
+        for kind in self.kinds:
+            norm, attention = self[f"{kind}_norm"], self[f"{kind}_att"]
+            y = norm(x).flatten(2).mT                   # (B, H * W, dim)
+            y = attention(y, attention.project(context if kind == "cross" else y))
+            x = (x + y.mT.reshape(x.shape)) / math.sqrt(2)
+        return x
 
 
 class UNetStage(nn.Module):
     """Blocks of one resolution, on the way down or up; at the end the map is halved or doubled,
     unless it was the last resolution of that way."""
 
-    def __init__(self, c, level, in_dim, skips, up=False):
-        """in_dim: width of what it gets. skips: list of the widths of the maps in `forward`."""
+    def __init__(self, c, level, coarser=0):
+        """coarser: on the way up, width of the map of the resolution below; 0: on the way down."""
         super().__init__()
-        dim, height = c.multipliers[level] * c.unet_dim, c.sample_size[0] // c.in_stride >> level
+        finer, dim = (c.multipliers[max(i, 0)] * c.unet_dim for i in (level - 1, level))
+        height = c.sample_size[0] // c.in_stride >> level
         kernel = c.kernel_sizes[level % len(c.kernel_sizes)]    # there may be one for all
-        self.up, self.blocks = up, nn.ModuleList()
-        for _ in range(c.res_blocks[level] + up):
-            if up:
-                in_dim += skips.pop()
-            self.blocks.append(ResBlock(in_dim, dim, 4 * c.unet_dim, kernel, c.unet_dropout))
-            if not up:
-                skips.append(dim)
-            in_dim = dim
+        # Widths of what each block gets: going up, a map of the way down, too.
+        widths = [coarser or finer] + (c.res_blocks[level] - 1) * [dim]
+        if coarser:
+            widths = [width + dim for width in widths] + [dim + finer]
+        self.up, self.blocks = coarser > 0, nn.ModuleList(
+            ResBlock(width, dim, 4 * c.unet_dim, kernel, c.unet_dropout) for width in widths)
         self.attention = nn.ModuleList(
             PixelAttention(dim, c.head_dim, c.context_dim)
-            for _ in self.blocks if height in c.attention_at)
-        self.conv_dn = self.conv_up = None
-        if up and level > 0:
-            self.conv_up = SameConv2d(dim, dim, 3)
-        if not up and level < len(c.res_blocks) - 1:
-            self.conv_dn = SameConv2d(dim, dim, 3, 2)
-            skips.append(dim)
+            for _ in widths if height in c.attention_at)
+        last = len(c.res_blocks) - 1
+        self.conv_dn = None if coarser or level == last else SameConv2d(dim, dim, 3, 2)
+        self.conv_up = SameConv2d(dim, dim, 3) if coarser and level else None
 
     def forward(self, x, emb, context, skips):
         """skips: list of maps, which the way down adds to and the way up takes from."""
-        for i, block in enumerate(self.blocks):
+        for block, attention in zip_longest(self.blocks, self.attention):
             if self.up:
                 x = torch.cat([x, skips.pop()], 1)
             x = block(x, emb)
             if not self.up:
                 skips.append(x)
-            if self.attention:
-                x = self.attention[i](x, context)
+            if attention:
+                x = attention(x, context)
         if self.conv_dn:
             x = self.conv_dn(x)                         # (B, dim, H / 2, W / 2)
             skips.append(x)
@@ -1519,9 +1486,8 @@ class MapTransformer(nn.Module):
         dim, side = c.transformer_dim, c.transformer_stride
         self.norm_in = group_norm(in_dim, like=dim)
         self.conv_in = nn.Conv2d(in_dim, dim, side, side)
-        self.position = nn.Identity()
-        if c.transformer_position != "none":
-            self.position = Position(c.transformer_position, *grid, dim)
+        kind = c.transformer_position
+        self.position = Position(kind, *grid, dim) if kind != "none" else nn.Identity()
         self.emb_proj = nn.Linear(4 * c.unet_dim, dim)
         self.layers = Layers(
             c.transformer_layers, dim, 4 * dim, dim // c.head_dim, c.context_dim,
@@ -1545,7 +1511,7 @@ class UNet(nn.Module):
         super().__init__()
         self.config = c
         levels = len(c.res_blocks)
-        widths = [multiplier * c.unet_dim for multiplier in c.multipliers]
+        dim, *coarser = widths = [multiplier * c.unet_dim for multiplier in c.multipliers]
         stride = c.in_stride * 2 ** (levels - 1)                # of the coarsest map
         patch = stride * (c.transformer_stride if c.transformer_layers else 1)
         check_multiples("sample_size", patch, "stride of the coarsest map", *c.sample_size)
@@ -1555,23 +1521,19 @@ class UNet(nn.Module):
             f"res_blocks {c.res_blocks}, multipliers {c.multipliers}, kernel_sizes "
             f"{c.kernel_sizes} differ in length")
 
-        dim = widths[0]
         self.time_emb = ScalarEmbedding(4 * c.unet_dim, c.time_scaling, c.num_classes)
         frames = c.frames * (1 if c.self_cond == "none" else 2) + c.cond_frames
         inputs = c.channels * frames + c.cond_channels
         self.conv_in = SameConv2d(inputs, dim, c.in_kernel, c.in_stride)
         self.norm_in = group_norm(dim)
-        self.down, self.up, skips = nn.ModuleList(), nn.ModuleList(), [dim]     # widths of skips
-        for i, width in enumerate(widths):
-            self.down.append(UNetStage(c, i, dim, skips))
-            dim = width
-        self.transformer = None
+        self.down = nn.ModuleList(UNetStage(c, i) for i in range(levels))
+        transformer, coarsest = None, widths[-1]
         if c.transformer_layers:
-            self.transformer = MapTransformer(c, dim, [side // patch for side in c.sample_size])
-            dim = c.transformer_dim // c.transformer_stride ** 2
-        for i in reversed(range(levels)):
-            self.up.insert(0, UNetStage(c, i, dim, skips, up=True))
-            dim = widths[i]
+            transformer = MapTransformer(c, coarsest, [side // patch for side in c.sample_size])
+            coarsest = c.transformer_dim // c.transformer_stride ** 2
+        self.up = nn.ModuleList(
+            UNetStage(c, i, width) for i, width in enumerate([*coarser, coarsest]))
+        self.transformer = transformer
         self.norm_out = group_norm(dim, like=c.unet_dim)
         outputs, kernel = c.channels, c.out_kernel
         if c.softmax_groups:
@@ -1661,10 +1623,6 @@ class UpsampleBlock(nn.Module):
 class Panoptic(nn.Module):
     """Denoises the analog bits of the panoptic map of an image, or of a frame of a video
     (2210.06366): a UNet that sees what an Encoder makes of the image."""
-    RENAMES = r"""
-        ^encoder_fuse/upsample_blocks/  fuse/
-        /gn([12])/                      /norm\1/
-    """
 
     def __init__(self, c):
         super().__init__()
@@ -1711,12 +1669,12 @@ class Panoptic(nn.Module):
             "context": tokens if "attn" in c.image_condition else None,
         }
 
-    def forward(self, x, gamma, self_cond=None, images=None, past=None, map=None, context=None):
+    def forward(self, x, gamma, self_cond=None, **cond):
         """A denoiser of diffusion.py, of the analog bits of maps x (B, channels, *sample_size).
-        images and past: see `encode`; in their place, what it returned, map and context."""
-        if images is not None:
-            map, context = self.encode(images, past).values()
-        return self.denoiser(x, gamma, self_cond, map=map, context=context)
+        cond: images and past, see `encode`; in their place, what it returned, map and context."""
+        if "images" in cond:
+            cond = self.encode(**cond)
+        return self.denoiser(x, gamma, self_cond, **cond)
 
 
 def focal_losses(logits, targets, gamma=2.0):
@@ -1821,6 +1779,10 @@ class Device:
              whose losses are scaled
     compile: torch.compile: auto (on cuda), on or off
     """
+    rank, world = 0, 1
+    xla = None                                          # the module torch_xla
+    asked = False                                       # to stop
+    meeting, interval, met = 0, 1, 0.0                  # see `stopping`
 
     def __init__(self, name="auto", dtype="auto", compile="auto"):
         check_choice(dtype, get_args(Dtype), "dtype")
@@ -1838,16 +1800,14 @@ class Device:
         check_choice(self.type, ("auto", *available), "device")
         require(available[self.type], f"device {name} is not available on this machine")
         self.device = torch.device(name)
-        self.cuda = self.type == "cuda"
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.cuda = self.pin = self.type == "cuda"      # pin: batches go through pinned memory
         if self.type == "xla":
             import torch_xla
             from torch_xla import runtime
-            self.device = torch_xla.device()
+            self.xla, self.device = torch_xla, torch_xla.device()
             self.rank, self.world = runtime.global_ordinal(), runtime.world_size()
             if self.world > 1:
                 dist.init_process_group("xla", init_method="xla://")
-        self.first = self.rank == 0
         if self.cuda:
             index = os.environ.get("LOCAL_RANK", self.device.index or 0)
             self.device = torch.device(f"cuda:{index}")
@@ -1855,6 +1815,8 @@ class Device:
             self.name = torch.cuda.get_device_name()
         if "RANK" in os.environ:                        # torchrun started this process
             dist.init_process_group("nccl" if self.cuda else "gloo")
+            self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.first = self.rank == 0
         known = getattr(torch.cpu, "get_capabilities", dict)()      # torch 2.9 does not say
         self.dtype_by_size = dtype == "auto" and self.type == "cpu" and (
             known.get("amx_bf16") or known.get("avx512_bf16"))
@@ -1866,9 +1828,6 @@ class Device:
         torch.set_float32_matmul_precision("high")
         self.compiled = compile == "on" or compile == "auto" and self.cuda
         self.fused = self.type in ("cuda", "cpu")       # whether AdamW may be fused
-        self.pin = self.cuda                            # whether batches go through pinned memory
-        self.asked = False                              # to stop
-        self.meeting, self.interval, self.met = 0, 1, 0.0       # see `stopping`
         # tqdm's `disable`: bars are for the first process, None: if it has a terminal.
         self.quiet = None if self.first else True
 
@@ -1893,14 +1852,14 @@ class Device:
     def wrap(self, model):
         """What is called in training, in place of the model."""
         self.compile(model)
-        if self.world > 1:
-            model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        return model
+        if self.world == 1:
+            return model
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def host(self, model):
         """The model and the device that predict while training: for XLA the CPU, as decoding has
         many shapes and XLA compiles each."""
-        if self.type != "xla":
+        if not self.xla:
             return model, self
         device = Device("cpu")
         device.first = self.first
@@ -1909,12 +1868,11 @@ class Device:
     def compile(self, model):
         """Each layer by itself: those of a kind share their code, and DDP can sum the gradients of
         one while those of others are computed."""
-        if not self.compiled:
-            return
-        torch._dynamo.config.cache_size_limit = 64      # graphs of a class: train, predict, sizes
-        for part in model.modules():
-            if isinstance(part, (Layer, ResNet, UNet)):
-                part.compile()
+        if self.compiled:
+            torch._dynamo.config.cache_size_limit = 64  # graphs of a class: train, predict, sizes
+            for part in model.modules():
+                if isinstance(part, (Layer, ResNet, UNet)):
+                    part.compile()
 
     @staticmethod
     def replayed(work):
@@ -1923,8 +1881,11 @@ class Device:
         read copies of the tensors; constants, and what else `work` uses, stay where they are."""
         calls, graphs = Counter(), {}
 
+        def leaves(tree):
+            return [x for x in tree_leaves(tree) if x is not None]
+
         def call(*tensors, **constants):
-            given = [x for x in tree_leaves(tensors) if x is not None]
+            given = leaves(tensors)
             key = *(x.shape for x in given), *map(id, constants.values())
             calls[key] += 1
             if not given[0].is_cuda or calls[key] < 3:  # the second one may still compile
@@ -1935,9 +1896,7 @@ class Device:
                 with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     graphs[key] = graph, places, work(*places, **constants)
             graph, places, results = graphs[key]
-            for place, x in zip(tree_leaves(places), tree_leaves(tensors)):
-                if x is not None:
-                    place.copy_(x)
+            torch._foreach_copy_(leaves(places), given)
             graph.replay()
             return results
 
@@ -1969,13 +1928,13 @@ class Device:
     def number(self, x):
         """A number that changes from step to step. XLA takes equal numbers of a step for one input
         and compiles anew when two happen to meet, so for it each is a tensor of its own."""
-        return torch.tensor([x], device=self.device) if self.type == "xla" else x
+        return torch.tensor([x], device=self.device) if self.xla else x
 
     def seed(self, number):
         """Begins the random numbers of a step."""
         torch.manual_seed(number)
-        if self.type == "xla":
-            sys.modules["torch_xla"].manual_seed(number)
+        if self.xla:
+            self.xla.manual_seed(number)
 
     def step(self, optimizer):
         self.scaler.step(optimizer)
@@ -1984,8 +1943,8 @@ class Device:
 
     def sync(self):
         """XLA only notes what is to be computed, up to here."""
-        if self.type == "xla":
-            sys.modules["torch_xla"].sync()
+        if self.xla:
+            self.xla.sync()
 
     def catch_signals(self):
         """Ctrl-C and SIGTERM ask to stop."""
@@ -2041,7 +2000,7 @@ class Device:
 
     def compilations(self):
         """How many graphs were compiled up to now."""
-        if self.type == "xla":
+        if self.xla:
             from torch_xla.debug import metrics
             return metrics.counter_value("UncachedCompile") or 0
         return torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -2105,8 +2064,7 @@ def load(path):
                 raise zipfile.BadZipFile(f"checksum of {broken}")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:                              # torch raises many types for a damaged file
-        reason = f"{type(e).__name__}: {e}".splitlines()[0]
-        raise UserError(f"{path}: damaged, truncated or no checkpoint ({reason})") from e
+        raise UserError(f"{path}: damaged, truncated or no checkpoint ({reason(e)})") from e
     require(
         isinstance(content, dict) and {"network", "config", "model"} <= content.keys(),
         f"{path}: not a checkpoint of this code")
@@ -2116,22 +2074,24 @@ def load(path):
     return content
 
 
+def reason(error):
+    """The type of an exception, and the first line of what it says."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def load_weights(model, weights, names=None):
     """Fills a model with {our name: tensor}. UserError, and nothing is changed, if any is missing,
     left over or of another shape, naming each: as `names`, {our name: name to report}, has it."""
     names, ours = names or {}, model.state_dict()
-    weights = dict(weights)
-    for name in weights.keys() - ours.keys():           # older checkpoints have a shared one twice
-        twin = weights.get(name.replace("unembed", "embed"), torch.empty(0))
-        if name.endswith("unembed") and torch.equal(weights[name], twin):
-            del weights[name]
     problems = [
         f"missing: {name} (shape {tuple(w.shape)})" for name, w in ours.items()
         if name not in weights and not name.endswith("num_batches_tracked")]
     for name, w in weights.items():
         theirs = names.get(name, name)
-        if name not in ours:
-            problems.append(f"left over: {theirs}")
+        if name not in ours:            # older checkpoints have a shared table twice
+            twin = weights.get(name.replace("unembed", "embed"), w)
+            if twin is w or not torch.equal(w, twin):
+                problems.append(f"left over: {theirs}")
         elif w.shape != ours[name].shape:
             problems.append(
                 f"wrong shape: {theirs} gives {tuple(w.shape)}, expected {tuple(ours[name].shape)}")
@@ -2175,9 +2135,9 @@ def adapt_weights(weights, model, adapt=False, grid=None):
             if old != new:
                 notes.append(f"{name}: grid of {old}, the model has {new}")
                 image = w.T.reshape(1, -1, *old)        # (1, D, rows, columns)
-                image = F.interpolate(image, new, mode="bicubic", antialias=True)
-                w = image[0].flatten(1).T
-        elif len(w) != len(ours) and re.fullmatch(r"decoder\.(.*code|embed|unembed|bias)", name):
+                image = F.interpolate(image, new, mode="bicubic", antialias=True)[0]
+                w = image.flatten(1).T
+        elif re.fullmatch(r"decoder\.(.*code|embed|unembed|bias)", name) and len(w) != len(ours):
             notes.append(f"{name}: {len(w)} rows, the model has {len(ours)}")
             w = torch.cat([w[:len(ours)].to(ours), ours[len(w):]])
         weights[name] = w
@@ -2237,7 +2197,8 @@ transformer_encoder/enc_layers|(?<=decoder/)decoder/dec_layers  layers
 _(self|cross)_mha/                                              _\1_att/
 /(self|cross)_ln/                                               /\1_norm/
 /(self|cross)_mha/                                              /\1_att/
-/_(q|k|v)\w+_dense/                                             /\1/
+/_query_dense/                                                  /q/
+/_(key|value)_dense/                                            /kv/
 /_output_dense/                                                 /out/
 mlp/mlp_layers/0/dense([12])/                                   mlp/fc\1/
 mlp/layernorms/0/                                               mlp/norm/
@@ -2252,6 +2213,8 @@ ar_decoder\.Sseq_pos_embedding                                  position/code
 (ar_decoder|fitar)\.S(inp_)?token_embedding                     embed
 (ar_decoder|fitar)\.Soutp_token_embedding                       unembed
 (ar_decoder|fitar)\.Soutp_bias                                  bias
+# Panoptic
+^encoder_fuse/upsample_blocks/                                  fuse/
 # ResNet: the stem's layers are conv, norm, or in c3 conv, norm, nothing, conv, norm, ...
 initial_conv_relu_max_pool/[01]/conv2d/                         stem/0/conv/
 initial_conv_relu_max_pool/[23]/conv2d/                         stem/1/conv/
@@ -2265,7 +2228,7 @@ initial_conv_relu_max_pool/[56]/bn/                             stem/2/norm/
 /conv_relu_dropblock_layers/[3-5]/                              /convs/1/
 /conv_relu_dropblock_layers/[6-8]/                              /convs/2/
 /conv2d/                                                        /conv/
-/[bg]n/                                                         /norm/
+/[bg]n([12]?)/                                                  /norm\1/
 /moving_mean$                                                   /running_mean
 /moving_variance$                                               /running_var
 /(kernel|depthwise_kernel|gamma)$                               /weight
@@ -2273,17 +2236,20 @@ initial_conv_relu_max_pool/[56]/bn/                             stem/2/norm/
 """
 
 
+def renamed(name, renames):
+    for pattern, new in re.findall(r"^ *([^#\s]\S*) *(.*)", renames, re.M):
+        name = re.sub(pattern, new, name)
+    return name
+
+
 def from_reference(weights, renames=""):
     """Weights under the reference's names and in its layouts -> {our name: float32 tensor} and
     {our name: their name}. renames: a network's own, after those of all."""
-    renamed, names = {}, {}
-    rows = re.findall(r"^ *([^#\s]\S*) *(.*)", RENAMES + renames, re.M)
-    for theirs, value in weights.items():
-        name = theirs
-        for pattern, new in rows:
-            name = re.sub(pattern, new, name)
+    ours, names = {}, {}
+    for theirs, value in sorted(weights.items()):       # keys before values
+        name = renamed(theirs, RENAMES + renames)
         w = torch.tensor(value, dtype=torch.float32)
-        if re.search(r"_att/[qkv]/", name):             # (D x) heads x hs
+        if re.search("_att/(q|kv)/", name):             # (D x) heads x hs
             w = w.flatten(-2)
         elif re.search("(^|/)(_output_dense|stem)/kernel$", theirs):
             w = w.flatten(0, -2)                        # heads x hs, (frames x) rows x cols x in
@@ -2292,13 +2258,10 @@ def from_reference(weights, renames=""):
         if re.search("/(depthwise_)?kernel$", theirs):  # in x out, or kh x kw x in x out
             w = w.movedim((-1, -2), (0, 1))
         name = name.replace("/", ".")
-        renamed[name], names[name] = w, theirs
-    for k in list(renamed):
-        v, kv = k.replace("_att.k.", "_att.v."), k.replace("_att.k.", "_att.kv.")
-        if v != k and v in renamed:                     # we project keys and values at once
-            renamed[kv] = torch.cat([renamed.pop(k), renamed.pop(v)])
-            names[kv] = f"{names.pop(k)} + {names.pop(v)}"
-    return renamed, names
+        if name in ours:                                # we project keys and values at once
+            w, theirs = torch.cat([ours[name], w]), f"{names[name]} + {theirs}"
+        ours[name], names[name] = w, theirs
+    return ours, names
 
 
 def load_reference_weights(model, weights):
@@ -2308,18 +2271,13 @@ def load_reference_weights(model, weights):
 
 
 def read_reference_checkpoint(path):
-    """A TensorFlow checkpoint -> {name: array} of its model.
+    """A TensorFlow checkpoint -> {name: array} of its model, sorted by name.
 
     path: its folder (the file `checkpoint` there tells which), or DIR/ckpt-N of its files
           DIR/ckpt-N.index and DIR/ckpt-N.data-00000-of-00001
     Needs TensorFlow. FileNotFoundError or UserError naming the file.
     """
-    try:
-        import tensorflow as tf
-    except ImportError as e:
-        raise ImportError(
-            "reading a TensorFlow checkpoint needs TensorFlow, once: pip install tensorflow-cpu"
-        ) from e
+    tf = tokenizer.optional("tensorflow", "tensorflow-cpu", f"{path}: reading it, once,")
     prefix = re.sub(r"\.(index|data-\d+-of-\d+)$", "", path)
     if isdir(path):
         with open(f"{path}/checkpoint", errors="replace") as f:
@@ -2334,12 +2292,11 @@ def read_reference_checkpoint(path):
     try:
         reader = tf.train.load_checkpoint(prefix)
         for key in sorted(reader.get_variable_to_shape_map()):
-            name, _, kind = key.partition("/.")         # optimizer slots have another kind
-            if name.startswith("model/") and kind == "ATTRIBUTES/VARIABLE_VALUE":
-                weights[name] = reader.get_tensor(key)
+            # Optimizer slots have another part that begins with a dot.
+            if found := re.fullmatch(r"(model(/[^/.][^/]*)+)/\.ATTRIBUTES/VARIABLE_VALUE", key):
+                weights[found[1]] = reader.get_tensor(key)
     except Exception as e:                              # TensorFlow raises many types
-        reason = f"{type(e).__name__}: {e}".splitlines()[0]
-        raise UserError(f"{prefix}: damaged or truncated ({reason})") from e
+        raise UserError(f"{prefix}: damaged or truncated ({reason(e)})") from e
     require(weights, f"{prefix}: no weights under model/, so not a checkpoint of the reference")
     return weights
 
@@ -2354,30 +2311,28 @@ def convert(path, c, categories=()):
     """
     import data
 
-    weights, model = read_reference_checkpoint(path), build(c.model)
-    for name in list(weights):
-        if "_ema/" in name:                             # averaged ones win
-            weights[name.replace("_ema/", "/")] = weights.pop(name)
+    model, weights = build(c.model), read_reference_checkpoint(path)
+    weights = {                                         # averaged ones come later, and win
+        name.replace("_ema/", "/"): w for name, w in weights.items()}
     counted = isinstance(c.model, PanopticConfig)       # whose labels count the categories
-    if not counted:                                     # its denoiser is not all of it
-        part = "/denoiser/"
+    if counted:
+        labels, default = range(1 << 24), range(1, 134)
+    elif isinstance(c.model, Pix2SeqConfig):
+        labels = range(1, c.vocab.max_label + 1)
+        default = labels[:90]
+    else:
+        labels = default = range(c.model.num_classes)
+        part = "/denoiser/"                             # all that is ours, if it is there
         weights = {
             name.replace(part, "/"): w for name, w in weights.items() if part in name} or weights
     load_reference_weights(model, weights)
-    if isinstance(c.model, Pix2SeqConfig):
-        labels = range(1, c.vocab.max_label + 1)
-        default = labels[:90]
-    elif counted:
-        labels, default = range(1 << 24), range(1, 134)
-    else:
-        labels = default = range(c.model.num_classes)
     known = {}
     for file in categories:
         rows = data.read_json(file, ())["categories"]
         require(rows, f"{file}: no categories")
         for i, row in data.read_categories(file, rows, "kpt", (), 1 << 24).items():
             require(i in labels, f"{file}: category {i} is not of {labels}")
-            known.setdefault(i, {}).update(row)
+            known[i] = known.get(i, {}) | row
     rows = tuple(
         {"id": i, "name": str(i), **known.get(i, {}), "label": n if counted else i}
         for n, i in enumerate(sorted(known) or default, 1))
@@ -2388,6 +2343,111 @@ def convert(path, c, categories=()):
         "step": 0,
         "best": -math.inf,
     }
+
+
+# --------------------------------------------------------------------------------------------------
+# weights of others: ViT and ResNet as timm and torchvision name and store them
+
+BACKBONE_RENAMES = r"""
+^(module|backbone)\.
+^(patch_embed\.proj|conv_proj)\.                                encoder.patch.
+^(cls|class)_token$                                             encoder.cls
+^(encoder\.)?pos_embed(ding)?$                                  encoder.position.code
+^(blocks\.|encoder\.layers\.encoder_layer_)                     encoder.layers.
+^(norm|encoder\.ln)\.                                           encoder.norm.
+\.(norm1|ln_1)\.                                                .self_norm.
+\.(norm2|ln_2)\.                                                .mlp.norm.
+\.(attn\.qkv\.|self_attention\.in_proj_)                        .self_att.qkv.
+\.(attn\.proj|self_attention\.out_proj)\.                       .self_att.out.
+\.mlp\.(0|linear_1)\.                                           .mlp.fc1.
+\.mlp\.(3|linear_2)\.                                           .mlp.fc2.
+\.ls1\.gamma$                                                   .self_att.out.scale
+\.ls2\.gamma$                                                   .mlp.fc2.scale
+# ResNet
+^conv1\.                                                        encoder.resnet.stem.0.conv.
+^bn1\.                                                          encoder.resnet.stem.0.norm.
+^layer1\.                                                       encoder.resnet.stages.0.
+^layer2\.                                                       encoder.resnet.stages.1.
+^layer3\.                                                       encoder.resnet.stages.2.
+^layer4\.                                                       encoder.resnet.stages.3.
+\.conv1\.                                                       .convs.0.conv.
+\.conv2\.                                                       .convs.1.conv.
+\.conv3\.                                                       .convs.2.conv.
+\.bn1\.                                                         .convs.0.norm.
+\.bn2\.                                                         .convs.1.norm.
+\.bn3\.                                                         .convs.2.norm.
+\.downsample\.0\.                                               .shortcut.conv.
+\.downsample\.1\.                                               .shortcut.norm.
+"""
+# Mean and deviation of red, green and blue that such a network's images were normalised by.
+COLORS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),    # torchvision, DeiT, MAE, DINOv2
+    "half": (3 * (0.5,), 3 * (0.5,)),                  # augreg
+}
+
+
+def read_weights(path):
+    """{name: tensor} of a file of torch, or of safetensors: the size of its header, the header
+    {name: {dtype, shape, data_offsets}}, and the bytes. UserError if it is none."""
+    try:
+        if not path.endswith(".safetensors"):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            return content.get("model", content.get("state_dict", content))
+        with open(path, "rb") as f:
+            header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+            content = bytearray(f.read())
+        header.pop("__metadata__", None)
+        for name, row in header.items():
+            kind = row["dtype"].replace("F", "float").replace("I", "int").lower()      # BF16, I64
+            start, end = row["data_offsets"]
+            w = torch.frombuffer(content[start:end], dtype=getattr(torch, kind))
+            header[name] = w.view(row["shape"])
+        return header
+    except Exception as e:                             # torch raises many types
+        raise UserError(f"{path}: neither weights of torch nor safetensors ({e})") from e
+
+
+@torch.no_grad()
+def load_backbone(path, model, colors):
+    """Starts the encoder of a Pix2Seq from the weights of a ViT or ResNet of timm or torchvision,
+    whose images are normalised by COLORS[colors]; that becomes part of its first convolution (a
+    ResNet's is padded by zeros, so it differs at the edges). Returns lines about what was adapted
+    and what did not fit. UserError if nothing does."""
+    weights = {
+        renamed(name, BACKBONE_RENAMES): w.float() for name, w in read_weights(path).items()}
+    for name, w in list(weights.items()):
+        layer, _, kind = name.rpartition(".")
+        if layer.endswith(".qkv"):                     # we project keys and values at once
+            q, kv = name.replace("qkv", "q"), name.replace("qkv", "kv")
+            weights[q], weights[kv] = weights.pop(name).tensor_split([len(w) // 3])
+        if kind == "scale":                            # of what the layer adds (LayerScale)
+            weights[f"{layer}.weight"] *= w[:, None]
+            weights[f"{layer}.bias"] *= w
+            del weights[name]
+    if "encoder.position.code" in weights:             # (1, maybe a class token's + N, dim)
+        codes = weights["encoder.position.code"][0]
+        first = len(codes) - math.isqrt(len(codes)) ** 2
+        weights["encoder.position.code"] = codes[first:]
+        if "encoder.cls" in weights:
+            weights["encoder.cls"] = weights["encoder.cls"][0] + codes[:min(first, 1)].sum(0)
+    mean, std = (torch.tensor(row).view(3, 1, 1) for row in COLORS[colors])
+    for conv, moved, sign in (
+            ("encoder.patch.weight", "encoder.patch.bias", -1),
+            ("encoder.resnet.stem.0.conv.weight", "encoder.resnet.stem.0.norm.running_mean", 1)):
+        if conv in weights:
+            weights[conv] = weights[conv] / std
+            weights[moved] = weights[moved] + sign * (weights[conv] * mean).sum((1, 2, 3))
+    (weights, notes), ours = adapt_weights(weights, model, adapt=True), model.state_dict()
+    fitting = {
+        name: w for name, w in weights.items() if name in ours and w.shape == ours[name].shape}
+    require(fitting, f"{path}: no weights that fit the encoder, such as {list(weights)[:3]}")
+    load_weights(model, ours | fitting)
+    encoder = {name for name in ours if name.startswith("encoder.")}
+    return [
+        *notes,
+        f"left out: {sorted(weights.keys() - fitting.keys())}",
+        f"not in the file: {sorted(encoder - fitting.keys())}",
+    ]
 
 
 @tokenizer.script

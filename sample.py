@@ -7,13 +7,14 @@ ones of the model's own data are taken.
 Left out: whole datasets (eval.py).
 
     python sample.py                                    # the newest run, held-out images or samples
-    python sample.py photo.jpg --ckpt=out/multi_coco_vit_b/best.pt --task=det,seg --attention
-    python sample.py --ckpt=out/gen_shapes --class=circle --sample_steps=50 --guidance=2 --strip
+    python sample.py photo.jpg --ckpt=out/multi_coco_vit_b/best.pt --task=det,seg --explain
+    python sample.py --ckpt=out/gen_shapes --class=circle --sample_steps=50 --guidance=2
 """
 import argparse
-import contextlib
+import base64
 import difflib
 import glob
+import html
 import inspect
 import io
 import json
@@ -23,9 +24,10 @@ import re
 import sys
 import textwrap
 import typing
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, is_dataclass, replace
 from functools import cached_property, lru_cache, partial
-from itertools import count, cycle, zip_longest
+from itertools import count, islice, zip_longest
 from os.path import basename, dirname, exists, getmtime, isdir, isfile, realpath
 from pathlib import Path
 
@@ -98,7 +100,8 @@ class Inputs:
     levels:    gen: times t at which the loss on the records' own pixels is taken, too; ar: if any,
                their bits
     rows:      ar: the upper rows of the records' own pixels that are given
-    callback:  of diffusion.generate, or generate_maps
+    trace:     is called with what happens on the way, for `explain`: (images as seen, encoded
+               images, prompts, tokens), or [x_t, x0] of a sampling step
     """
     records: list
     c: Config
@@ -106,8 +109,8 @@ class Inputs:
     generator: torch.Generator | None = None
     levels: tuple = ()
     rows: int = 0
-    callback: typing.Callable | None = None
-    context = None                                     # the encoded images, once they are
+    trace: typing.Callable | None = None
+    encoded = None                                     # what `encode` returns, once it is known
 
     @cached_property
     def images(self):
@@ -119,10 +122,11 @@ class Inputs:
         return [data.eval_view(data.whole(im), self.c.model.image_size) for im in self.images]
 
     def encode(self, model):
-        """The encoded images (B, N, dec_dim)."""
-        if self.context is None:
-            self.context = model.encode(view_images(model, self.images, self.views))
-        return self.context
+        """The images as seen (B, 3, H, W), and encoded (B, N, dec_dim)."""
+        if self.encoded is None:
+            seen = view_images(model, self.images, self.views)
+            self.encoded = seen, model.encode(seen)
+        return self.encoded
 
 
 # --------------------------------------------------------------------------------------------------
@@ -145,10 +149,10 @@ def detect(model, inputs, c):
     return [{"objects": objects} for objects in inputs.objects]
 
 
-def generate(model, inputs, prompts, context=None, **options):
-    """Tokens after each prompt about the encoded images, drawn as c.sampling says."""
-    context, s = inputs.encode(model) if context is None else context, inputs.c.sampling
-    return model.generate(
+def generate(model, inputs, prompts, **options):
+    """Tokens after each prompt about the images, drawn as c.sampling says."""
+    (seen, context), s = inputs.encode(model), inputs.c.sampling
+    out = model.generate(
         context,
         prompts.to(context.device),
         temperature=s.temperature,
@@ -156,6 +160,9 @@ def generate(model, inputs, prompts, context=None, **options):
         generator=inputs.generator,
         **options,
     )
+    if inputs.trace:
+        inputs.trace((seen, context, prompts, out.tokens))
+    return out
 
 
 def read_objects(views, tokens, class_logprobs, c):
@@ -216,17 +223,15 @@ def find_keypoints(model, inputs, c):
     found = detect(model, inputs, c)
     counts = {k["id"]: len(k["keypoints"]) for k in c.categories if k.get("keypoints")}
     for image, objects in zip(inputs.images, inputs.objects):
-        people = [obj for obj in objects if obj["category_id"] in counts]
-        for start in range(0, len(people), 32):
-            part = people[start:start + 32]
-            views = [keypoint_view(image, obj["bbox"], c) for obj in part]
-            prompts = tokenizer.instance_prompt(
-                tokenizer.PROMPT_KPT, *prompt_boxes(views, [[obj] for obj in part], c), c.vocab)
+        people = (obj for obj in objects if obj["category_id"] in counts)
+        for part in batches(people, 32):
+            crops = replace(inputs, records=[{"image": image}] * len(part))
+            crops.views = [keypoint_view(image, obj["bbox"], c) for obj in part]
+            boxes = prompt_boxes(crops.views, [[obj] for obj in part], c)
             out = generate(
                 model,
-                inputs,
-                prompts,
-                context=model.encode(view_images(model, [image] * len(part), views)),
+                crops,
+                tokenizer.instance_prompt(tokenizer.PROMPT_KPT, *boxes, c.vocab),
                 length=2 * max(counts.values()),
                 top_p=c.sampling.kpt_top_p,
                 suppress=tokenizer.INVISIBLE,
@@ -235,7 +240,7 @@ def find_keypoints(model, inputs, c):
             probs = out.probs[:, 0].cpu()
             scores = tokenizer.point_score(torch.tensor([o["score"] for o in part]), tokens, probs)
             points = tokenizer.decode_points(tokens, c.vocab).numpy()
-            for obj, view, row, score in zip(part, views, points, scores.tolist()):
+            for obj, view, row, score in zip(part, crops.views, points, scores.tolist()):
                 add_keypoints(obj, view, row[:2 * counts[obj["category_id"]]], score)
     return found
 
@@ -265,7 +270,7 @@ def make_images(model, inputs, c):
         noise = inputs.generator.clone_state()         # the same at every level
         losses.append(diffusion.denoising_losses(model, batch, c, times, noise).cpu().numpy())
     pixels = diffusion.generate(
-        model, c, len(batch.targets), batch.cond, inputs.generator, inputs.callback)
+        model, c, len(batch.targets), batch.cond, inputs.generator, inputs.trace)
     if c.model.cond_frames:
         pixels = torch.cat([batch.cond["frames"], pixels], 2)
     return made(inputs, pixels, "losses", zip(*losses))
@@ -282,9 +287,7 @@ def write_images(model, inputs, c):
     tokens = model.generate(
         given, batch.cond["labels"], inputs.generator, temperature=s.temperature, top_k=s.top_k,
         top_p=s.ar_top_p)
-    bits = ()
-    if inputs.levels:
-        bits = (image_losses(model, batch, c) / math.log(2)).tolist()
+    bits = (image_losses(model, batch, c) / math.log(2)).tolist() if inputs.levels else ()
     return made(inputs, token_image(tokens, c.model), "bits", bits)
 
 
@@ -313,7 +316,7 @@ def make_maps(model, inputs, c):
         view_images(model, [clip[min(t, len(clip) - 1)] for clip in clips], inputs.views)
         for t in range(max(map(len, clips)))]
     maps = diffusion.generate_maps(
-        model, c, torch.stack(frames, 1), inputs.generator, callback=inputs.callback)
+        model, c, torch.stack(frames, 1), inputs.generator, callback=inputs.trace)
     return [
         map_prediction(record, rows, view, c)
         for record, rows, view in zip(inputs.records, maps.cpu().numpy(), inputs.views)]
@@ -321,7 +324,8 @@ def make_maps(model, inputs, c):
 
 def map_prediction(record, masks, view, c):
     """Masks (T, 2, h, w) uint8, class and instance, of a record's frames (and maybe of more) ->
-    what is said about it: its id and name, maps, a PNG per frame, and per frame segments_info."""
+    what is said about it: its id and name, if any, maps, a PNG per frame, and per frame
+    segments_info."""
     known = {row["label"]: row for row in c.categories}
     maps = [
         full_map(mask, view, image.size, c.sampling)
@@ -330,8 +334,8 @@ def map_prediction(record, masks, view, c):
         [{"id": i, "category_id": known[i >> 8]["id"], "name": known[i >> 8]["name"]}
          for i in np.unique(ids).tolist() if i] for ids in maps]
     return {
-        "id": record["id"],
-        "name": record["name"],
+        "id": record.get("id"),
+        "name": record.get("name"),
         "maps": list(map(as_png, maps)),
         "segments": segments}
 
@@ -349,16 +353,21 @@ def full_map(mask, view, size, sampling):
 
 def as_png(ids):
     """Ids (H, W) -> a PNG in COCO's panoptic format, R + 256 G + 65536 B, as bytes."""
-    colours = np.stack([ids, ids >> 8, ids >> 16], -1) & 255
+    colours = np.stack([ids, ids >> 8, ids >> 16], -1).astype(np.uint8)        # modulo 256
+    return file_of(Image.fromarray(colours), "png")
+
+
+def file_of(picture, kind):
+    """What stands in a file of this kind of a PIL image, as bytes."""
     content = io.BytesIO()
-    Image.fromarray(colours.astype(np.uint8)).save(content, "png")
+    picture.save(content, kind)
     return content.getvalue()
 
 
 def read_map(content):
     """A PNG of `full_map` -> class and instance (2, H, W)."""
     ids = data.read_ids(io.BytesIO(content))
-    return np.stack([ids >> 8, ids & 255])
+    return np.stack(np.divmod(ids, 256))
 
 
 PREDICT = {
@@ -376,6 +385,13 @@ PREDICT = {
 # --------------------------------------------------------------------------------------------------
 # images into the network, boxes into prompts, masks and keypoints out of points
 
+def batches(items, size):
+    """Yields lists of at most `size` items."""
+    items = iter(items)
+    while batch := list(islice(items, size)):
+        yield batch
+
+
 def view_images(model, images, views):
     """PIL images and the views of them -> float (B, 3, H, W) in [0, 1], padded."""
     parts = default_collate([data.pixels_of(view, image) for view, image in zip(views, images)])
@@ -385,7 +401,7 @@ def view_images(model, images, views):
 
 def prompt_boxes(views, objects, c):
     """Objects of B views -> boxes_yxyx (B, G, 4), fractions of the canvas, and labels (B, G)."""
-    label_of = {category["id"]: category["label"] for category in c.categories}
+    label_of = columns(c.categories, "id", "label")
     most = max(map(len, objects))
     rows = []
     for view, group in zip(views, objects):
@@ -401,10 +417,15 @@ def box_corners(bbox):
     return y, x, y + h, x + w
 
 
+def columns(categories, key, value):
+    """{key: value} of two fields of the categories."""
+    return {category[key]: category[value] for category in categories}
+
+
 def as_objects(boxes, labels, scores, categories):
     """Lists of boxes y0 x0 y1 x1, labels and scores -> a list of objects. Left out: what has score
     0, and labels without a category."""
-    id_of = {category["label"]: category["id"] for category in categories}
+    id_of = columns(categories, "label", "id")
     return [
         {"category_id": id_of[label], "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
         for (y0, x0, y1, x1), label, score in zip(boxes, labels, scores)
@@ -447,9 +468,8 @@ def add_keypoints(obj, view, points, score):
     no coordinate is put at the box's centre."""
     x, y, w, h = obj["bbox"]
     points = points.reshape(-1, 2)
-    missing = (points < 0).any(-1)
     yx = view.to_image(points)
-    yx[missing] = y + h / 2, x + w / 2
+    yx[(points < 0).any(-1)] = y + h / 2, x + w / 2
     obj["keypoints"] = np.insert(yx[:, ::-1], 2, 2, axis=1).ravel().tolist()
     obj["keypoint_score"] = score
 
@@ -534,7 +554,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv):
         """The options given; a dash in a name is as good as an underscore."""
-        argv = [re.sub("^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), text)
+        argv = [re.sub("(?<=^--)[^=]+", lambda m: m[0].replace("-", "_"), text)
                 for text in argv]
         args, unknown = self.parse_known_args(argv)
         unknown += [text for text in argv if text.endswith("=--")]         # argparse drops it
@@ -559,7 +579,7 @@ def comments_of(kind):
 
 def read_option(kind, text):
     """A command line's text -> a value of the type of a field."""
-    with contextlib.suppress(ValueError, re.error):
+    with suppress(ValueError, re.error):
         return tokenizer.parsed(text, kind)
     raise argparse.ArgumentTypeError(f"expected {tokenizer.expected(kind)}, got {text!r}")
 
@@ -580,7 +600,7 @@ def apply(c, args, *options):
     for part in (*parts_of(c), *options):
         for name, comment in comments_of(type(part)).items():
             of = set(comment.partition(":")[0].split(", ")) & OWNERS
-            if not (name in args and of) or of & ours:
+            if name not in args or not of or of & ours:
                 continue
             message = f"--{name} is of {', '.join(sorted(of))}, not of {', '.join(sorted(ours))}"
             if part in (c.sampling, *options) or of & {"files", "coco"}:
@@ -629,8 +649,10 @@ class SampleOptions(Options):
     """What sample.py is asked for."""
     count: Natural = 0                  # held-out items to show (0: 8), or samples (0: 64)
     min_score: Fraction = 0.3           # det, seg, kpt: leave out objects below this score
-    attention: bool = False             # det, seg, kpt: also draw the attention of objects' tokens
-    strip: bool = False                 # gen, pan, vps: also draw the way from noise to sample
+    top: Natural = 0                    # det, seg, kpt: only so many of the likeliest; 0: all
+    batch_size: Count = 1               # det, seg, kpt, cap: images at a time
+    json: bool = False                  # print a line of JSON per image
+    explain: bool = False               # det, seg, kpt, cap, gen, pan, vps: pages that say how
     complete: str = ""                  # ar: an image file whose lower half is to be written anew
     out: str = "samples"                # folder for the pictures
     # These three are no options, but arguments of their own.
@@ -643,7 +665,8 @@ class SampleOptions(Options):
 def main():
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("images", nargs="*", help="image files; none: held-out items of the model's own data")
+    add("images", nargs="*",
+        help="image files, folders, GIFs or videos; none: held-out items of the model's own data")
     add("--boxes", nargs="+", default=(), metavar="X,Y,W,H,NAME",
         help="prompt boxes of seg and kpt, in pixels")
     add("--class", dest="class_name", metavar="NAME", help="gen: only this class (default: all)")
@@ -657,10 +680,11 @@ def main():
     with device.autocast():
         report = show(model, c, tasks, options, device.generator(options.seed))
     report = json.loads(json.dumps(report), parse_float=lambda text: round(float(text), 4))
-    print(json.dumps(report, indent=1))
+    rows = report if isinstance(report, list) else [report]
+    for part in rows if options.json else [report]:
+        print(json.dumps(part, indent=None if options.json else 1))
     print(f"{path}: pictures in {options.out}/", file=sys.stderr)
-    rows = report if isinstance(report, list) else report.get("failed", ())
-    sys.exit(any("error" in row for row in rows))
+    sys.exit(any("error" in row or row.get("failed") for row in rows))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -673,6 +697,7 @@ def show(model, c, tasks, options, generator):
         not options.class_name or SHOW[tasks[0]] is show_samples,
         f"--class={options.class_name} is of gen, ar, this is {','.join(tasks)}")
     os.makedirs(options.out, exist_ok=True)
+    options = replace(options, images=tuple(image_files(options.images, tasks[0])))
     return SHOW[tasks[0]](model, c, tasks, options, generator)
 
 
@@ -682,7 +707,7 @@ def free_stem(folder, taken, name):
     stem = Path(name).stem
     for n in count():
         chosen = f"{folder}/{stem}{f'_{n}' if n else ''}"
-        files = {real(chosen + ending) for ending in (".png", ".gif", "_attention.png")}
+        files = {real(chosen + ending) for ending in (".png", ".gif", ".html")}
         if not files & taken:
             taken |= files
             return chosen
@@ -693,162 +718,195 @@ def real(path):
     return realpath(path).lower()
 
 
-def each_input(options, read, c, failed):
-    """Yields the name and the record of each image that is named on the command line, as `read`
-    makes it of a path, or else of held-out items; one at a time. Adds to `failed` what cannot be
-    read, and why."""
+def each_input(options, task, c, failed):
+    """Yields the name and the record of each image (for vps: clip) that is named on the command
+    line, frame by frame of a film, or else of held-out items; one at a time. Adds to `failed` what
+    cannot be read, and why."""
     for path in tqdm(options.images, disable=None if options.images[1:] else True):
         try:
-            record = read(path)
+            frames = frames_of(path)
+            if task == "vps":
+                images = list(frames)
+                data.check_sizes(path, images)
+                yield path, {"images": images}
+            for n, image in enumerate(frames):
+                name = path if is_still(path) else f"{Path(path).stem}_{n:06}"
+                yield name, {"image": image, "images": [image]}
         except UserError as e:
             print(f"error: {e}", file=sys.stderr)
             failed.append({"image": path, "error": str(e)})
-        else:
-            yield path, record
     for record in () if options.images else sample_records(c, options.count or 8):
         yield f"val_{record['image_id']}" if "image_id" in record else record["name"], record
 
 
-def show_predictions(model, c, tasks, options, generator):
-    """A picture per image, and the first of them in all.png."""
+def image_files(paths, task):
+    """Paths with those that patterns stand for, which not every shell knows, and but for vps with
+    the images of folders."""
+    for pattern in paths:
+        for path in sorted(glob.glob(pattern)) or [pattern]:
+            if isdir(path) and task != "vps":
+                yield from data.frame_files(path).values()
+            else:
+                yield path
+
+
+def is_still(path):
+    return path.lower().endswith(data.IMAGE_KINDS)
+
+
+def frames_of(path):
+    """Yields the frames, PIL RGB, of an image file, a folder of frames, a GIF, or, with PyAV, a
+    video file. UserError if it cannot be read."""
+    frame = None
+    try:
+        for frame in decoded(path):
+            yield frame
+    except (UserError, ImportError):
+        raise
+    except Exception as e:                             # PIL and PyAV raise many types
+        raise UserError(f"{path}: not a readable video ({e})") from e
+    require(frame, f"{path}: no frames, expected image files")
+
+
+def decoded(path):
+    if isdir(path):
+        yield from map(data.load_image, data.frame_files(path).values())
+        return
+    data.check_file(path)
+    if is_still(path):
+        yield data.load_image(path)
+    elif path.lower().endswith(".gif"):
+        with Image.open(path, formats=data.FORMATS) as film:
+            for frame in ImageSequence.Iterator(film):
+                yield data.to_rgb(frame.copy())
+    else:
+        av = tokenizer.optional("av", "av", f"{path}: reading a video file")
+        with av.open(path) as film:
+            for frame in film.decode(video=0):
+                yield frame.to_image()
+
+
+def show_inputs(model, c, tasks, options, generator):
+    """A picture per image, of clips GIFs, and the first of them in all.png. Objects are drawn, or
+    panoptic maps, beside the truth if it is known, and those also as PNGs and JSON in COCO's
+    format."""
+    panoptic = isinstance(c.model, ImageConfig)
     asks = {"seg", "kpt"} & set(tasks) and not (options.boxes or "det" in c.data.tasks)
     require(
         not (asks and options.images),
         "this model does not detect: name boxes with --boxes=X,Y,W,H,NAME")
-    names = {category["id"]: category["name"] for category in c.categories}
+    names = columns(c.categories, "id", "name")
     new_stem = partial(free_stem, options.out, set(map(real, options.images)))
-    pictures, report = [], []
-    for name, record in each_input(
-            options, lambda path: {"image": data.load_image(path)}, c, report):
-        objects = [read_box(text, c) for text in options.boxes] or None
-        if asks:
-            objects = true_objects(record, c.categories)
-        inputs = Inputs([record], c, None if objects is None else [objects], generator)
-        prediction = predict(model, inputs, c, tasks)[0]
-        objects = prediction.get("objects", ())
-        prediction["objects"] = [
-            {"name": names[obj["category_id"]], **obj}
-            for obj in objects if obj["score"] >= options.min_score]
-        image, stem = record["image"], new_stem(name)
-        picture = draw(image, prediction, c)
-        picture.save(f"{stem}.png")
-        if len(pictures) < 16:
-            pictures.append(ImageOps.contain(picture, (768, 768)))
-        if options.attention and objects:
-            draw_attention(model, inputs, c).save(f"{stem}_attention.png")
-        report.append({
-            "image": name,
-            "picture": f"{stem}.png",
-            "width": image.width,
-            "height": image.height,
-            **prediction,
-        })
-    if len(pictures) > 1:
-        data.tile(pictures).save(f"{new_stem('all')}.png")
-    return report
+    pictures, firsts, report, maps = [], [], [], {}
+    inputs = each_input(options, tasks[0], c, report)
+    for batch in batches(inputs, 1 if options.explain else options.batch_size):
+        records, objects, trace = [record for _, record in batch], None, []
+        if options.boxes and not panoptic:
+            objects = [[read_box(text, c) for text in options.boxes] for _ in batch]
+        elif asks:
+            objects = [true_objects(record, c.categories) for record in records]
+        asked = Inputs(records, c, objects, generator, trace=options.explain and trace.append)
+        for (name, record), said in zip(batch, predict(model, asked, c, tasks)):
+            stem = new_stem(name)
+            if panoptic:
+                short = basename(stem)
+                maps[short] = said | {"id": record.get("id", short), "name": short}
+                drawn = list(draw_maps(record["images"], map(read_map, said["maps"]), c))
+                if "maps" in record:
+                    truth = true_map(record["maps"], record["segments"])
+                    pairs = zip(drawn, draw_maps(record["images"], truth, c))
+                    drawn = list(map(data.tile, pairs))
+            else:
+                found = sorted(said.get("objects", ()), key=lambda obj: -obj["score"])
+                said["objects"] = [
+                    {"name": names[obj["category_id"]], **obj}
+                    for obj in found[:options.top or None] if obj["score"] >= options.min_score]
+                image = record["image"]
+                drawn = [draw(image, said, c)]
+                report.append({
+                    "image": name,
+                    "picture": f"{stem}.png",
+                    "width": image.width,
+                    "height": image.height,
+                    **said,
+                })
+            pictures.append(data.save_film(drawn, stem))
+            if len(firsts) < 16:
+                firsts.append(ImageOps.contain(drawn[0], (768, 768)))
+            if trace:
+                explain(model, trace, drawn[0], c, stem)
+    if len(firsts) > 1:
+        data.tile(firsts).save(f"{new_stem('all')}.png")
+    if not panoptic:
+        return report
+    path = write_maps(maps, new_stem("maps"))
+    return {"pictures": pictures, "maps": path, "failed": report, **data.parse_json(path)}
 
 
 def read_box(text, c):
     """X,Y,W,H,NAME -> an object. UserError, naming the classes, if it is none."""
     *numbers, name = text.split(",")
-    ids = {category["name"]: category["id"] for category in c.categories}
-    try:
+    ids = columns(c.categories, "name", "id")
+    with suppress(ValueError, KeyError):
         x, y, w, h = map(float, numbers)
-        if not (min(w, h) > 0 and math.isfinite(x + y + w + h)):
-            raise ValueError
-        return {"category_id": ids[name], "bbox": [x, y, w, h], "score": 1.0}
-    except (ValueError, KeyError):
-        expected = f"X,Y,W,H,NAME, the name one of {', '.join(ids)}"
-        raise UserError(f"--boxes {text}: expected {expected}") from None
+        if min(w, h) > 0 and math.isfinite(x + y + w + h):
+            return {"category_id": ids[name], "bbox": [x, y, w, h], "score": 1.0}
+    raise UserError(f"--boxes {text}: expected X,Y,W,H,NAME, the name one of {', '.join(ids)}")
 
 
 def show_samples(model, c, tasks, options, generator):
-    """A grid of samples; with --strip also of their estimates at every tenth of the way; with
-    --complete, of images that begin with the upper half of a given one."""
+    """A grid of samples; with --complete, of images that begin with the upper half of a given
+    one."""
     require(
         not (options.images or options.boxes),
         "this model generates: it takes no images and no boxes")
     names = [category["name"] for category in c.categories] if c.model.num_classes else []
-    records, rows = list(sample_records(c, options.count or 64)), 0
-    taken = {real(options.complete)}
+    rows, changes, predictions, trace = 0, {}, [], []
     if options.complete:
         side = c.model.fit_patch or 1                  # of its groups those in the upper half
         rows = c.model.sample_size[0] // 2 // side * side
         pixels = data.fit_image(options.complete, c.model.sample_size)
         if c.data.image_channels == 1:
             pixels = pixels.mean(-1, keepdims=True).astype(np.uint8)
-        records = [{**record, "pixels": pixels} for record in records]
+        changes["pixels"] = pixels
+        predictions.append({"pixels": pixels})         # first what the model was given
     if options.class_name is not None:
-        if options.class_name not in names:
-            known = ", ".join(names) or "no classes"
-            raise UserError(f"--class={options.class_name}: this model knows {known}")
-        for record in records:
-            record["label"] = names.index(options.class_name)
-    steps, predictions = [], []
-    for first in range(0, len(records), 64):
-        part = Inputs(records[first:first + 64], c, generator=generator, rows=rows)
-        if options.strip and first == 0:
-            part.callback = lambda pixels: steps.append(pixels[:8].movedim(1, -1).cpu().numpy())
+        known = ", ".join(names) or "no classes"
+        require(
+            options.class_name in names, f"--class={options.class_name}: this model knows {known}")
+        changes["label"] = names.index(options.class_name)
+    records = [record | changes for record in sample_records(c, options.count or 64)]
+    for batch in batches(records, 64):
+        part = Inputs(
+            batch, c, generator=generator, rows=rows,
+            trace=options.explain and not trace and trace.append)      # of the first batch
         predictions += predict(model, part, c, tasks)
-    if options.complete:                               # first what the model was given
-        predictions.insert(0, {"pixels": pixels})
-    pictures = [draw_grid(predictions, free_stem(options.out, taken, "samples"))]
+    stem = free_stem(options.out, {real(options.complete)}, "samples")
+    pictures = [draw_grid(predictions, stem)]
     if c.model.cond_frames:
         pictures.append(draw_beside(predictions[:4], records, f"{options.out}/frames"))
-    if steps:
-        steps = np.stack(steps, 1)                     # (8, steps, [T,] H, W, C)
-        if steps.ndim == 6:
-            steps = steps[:, :, -1]                    # the last frame stands for a clip
-        pictures.append(draw_strip(steps, f"{options.out}/strip"))
+    if trace:
+        with Image.open(pictures[0]) as picture:
+            explain(model, trace, picture, c, stem)
     return {
         "pictures": pictures,
         "samples": len(records),
         "seed": options.seed,
         "classes": [names[record["label"]] for record in records] if names else None,
-        **asdict(c.sampling),
+        **vars(c.sampling),
     }
 
 
 def sample_records(c, count):
     """Records to show or to generate from: held-out ones for a network that sees images or context
     frames, without those that cannot be read; for any other labels in turn, and black pixels."""
-    if not isinstance(c.model, ImageConfig) or c.model.cond_frames or "pan" in c.model.TASKS:
+    if c.data.tasks[0] not in ("gen", "ar") or c.model.cond_frames:
         items = data.EvalSet(data.make_source(c, "val", c.data.tasks[0]))
         records = (items[i] for i in range(min(count, len(items))))
-        return (dict(record) for record in records if not isinstance(record, str))
+        return (record for record in records if not isinstance(record, str))
     shape = (*c.model.sample_shape[1:], c.data.image_channels)
-    labels = np.arange(count) % max(len(c.categories), 1)
-    return [{"pixels": np.zeros(shape, np.uint8), "label": int(label)} for label in labels]
-
-
-def show_maps(model, c, tasks, options, generator):
-    """Panoptic maps drawn over images, beside the truth if it is known, and as PNGs and JSON in
-    COCO's format; of clips, GIFs. With --strip also how the first map comes out of noise."""
-    new_stem = partial(free_stem, options.out, set(map(real, options.images)))
-    predictions, pictures, failed, firsts, steps = {}, [], [], [], []
-    for name, record in each_input(options, partial(read_clip, task=tasks[0]), c, failed):
-        stem = new_stem(name)
-        record["name"] = basename(stem)
-        if options.images:
-            record["id"] = record["name"]
-        inputs = Inputs([record], c, generator=generator)
-        if options.strip and not firsts:
-            inputs.callback = lambda n, maps: n or steps.append(paint(maps[0].cpu().numpy()))
-        predictions[record["name"]] = said = predict(model, inputs, c, tasks)[0]
-        drawn = draw_maps(record["images"], map(read_map, said["maps"]), c)
-        if "maps" in record:
-            truth = true_map(record["maps"], record["segments"])
-            pairs = zip(drawn, draw_maps(record["images"], truth, c))
-            drawn = [data.tile(pair, columns=2) for pair in pairs]
-        pictures.append(data.save_film(drawn, stem))
-        if len(firsts) < 16:
-            firsts.append(ImageOps.contain(drawn[0], (768, 768)))
-    if len(firsts) > 1:
-        data.tile(firsts).save(f"{new_stem('all')}.png")
-    if steps:
-        pictures.append(draw_strip(np.stack(steps)[None], new_stem("strip")))
-    with open(write_maps(predictions, new_stem("maps"))) as f:
-        return {"pictures": pictures, "maps": f.name, "failed": failed} | json.load(f)
+    classes = max(len(c.categories), 1)
+    return [{"pixels": np.zeros(shape, np.uint8), "label": n % classes} for n in range(count)]
 
 
 def write_maps(predictions, stem):
@@ -857,9 +915,9 @@ def write_maps(predictions, stem):
     annotations = []
     for p in predictions.values():
         for t, (content, segments) in enumerate(zip(p["maps"], p["segments"])):
-            name = f"{p['name']}/{t:06}.png" if len(p["maps"]) > 1 else f"{p['name']}.png"
+            name = f"{p['name']}/{t:06}.png" if p["maps"][1:] else f"{p['name']}.png"
             path = Path(stem, name)
-            path.parent.mkdir(parents=True, exist_ok=True)
+            os.makedirs(path.parent, exist_ok=True)
             path.write_bytes(content)
             annotations.append({"image_id": p["id"], "file_name": name, "segments_info": segments})
     with open(f"{stem}.json", "w") as f:
@@ -867,57 +925,28 @@ def write_maps(predictions, stem):
         return f.name
 
 
-def read_clip(path, task):
-    """An image file -> a record for panoptic masks; for vps a folder of frames, a GIF, or, with
-    PyAV, a video file. The name of the record is the file's."""
-    name = Path(path).stem
-    try:
-        if task == "pan":
-            images = [data.load_image(path)]
-        elif isdir(path):
-            images = list(map(data.load_image, data.frame_files(path).values()))
-        else:
-            data.check_file(path)
-            if path.lower().endswith((".gif", *data.IMAGE_KINDS)):
-                with Image.open(path, formats=data.FORMATS) as film:
-                    images = [data.to_rgb(frame.copy()) for frame in ImageSequence.Iterator(film)]
-            else:
-                import av
-                with av.open(path) as film:
-                    images = [frame.to_image() for frame in film.decode(video=0)]
-    except UserError:
-        raise
-    except ImportError as e:
-        raise ImportError(f"{path}: reading a video file needs PyAV: pip install av") from e
-    except Exception as e:                             # PIL and PyAV raise many types
-        raise UserError(f"{path}: not a readable video ({e})") from e
-    require(images, f"{path}: no frames, expected image files")
-    data.check_sizes(path, images)
-    return {"images": images, "id": name, "name": name}
-
-
 def draw_maps(images, maps, c):
-    """PIL images and their class and instance of each pixel (2, H, W) -> copies with the segments
-    in colours, the same for an instance in all frames, and their names; small ones enlarged."""
-    names, drawn = {row["label"]: row["name"] for row in c.categories}, []
+    """PIL images and their class and instance of each pixel (2, H, W) -> yields copies with the
+    segments in colours, the same for an instance in all frames, and their names; small ones
+    enlarged."""
+    names = columns(c.categories, "label", "name")
     for image, frame in zip(images, maps):
         picture, zoom, font = enlarged(image)
-        colours = Image.fromarray(paint(frame)).resize(picture.size, Image.NEAREST)
-        drawn.append(Image.blend(picture, colours, 0.6))
-        pen = ImageDraw.Draw(drawn[-1])
+        colours = paint(frame).resize(picture.size, Image.NEAREST)
+        picture = Image.blend(picture, colours, 0.6)
+        pen = ImageDraw.Draw(picture)
         classes, ids = frame
         for label, i in np.unique(frame.reshape(2, -1), axis=1).T.tolist():
             if label:
                 yx = np.argwhere((classes == label) & (ids == i))
                 middle = np.hypot(*(yx - yx.mean(0)).T).argmin()
-                at = (yx[middle, ::-1] + 0.5) * zoom
                 pen.text(
-                    at, names[label], "white", font, "mm", stroke_width=2, stroke_fill="black")
-    return drawn
+                    (yx[middle, ::-1] + 0.5) * zoom, names[label], "white", font, "mm",
+                    stroke_width=2, stroke_fill="black")
+        yield picture
 
 
-SHOW = dict.fromkeys(PREDICT, show_predictions) | {"gen": show_samples, "ar": show_samples}
-SHOW |= {"pan": show_maps, "vps": show_maps}
+SHOW = dict.fromkeys(PREDICT, show_inputs) | {"gen": show_samples, "ar": show_samples}
 
 
 def true_map(numbers, segments):
@@ -929,11 +958,11 @@ def true_map(numbers, segments):
 
 
 def paint(frame):
-    """A map (2, H, W) -> uint8 (H, W, 3): its hue tells class and instance, black is no class."""
+    """A map (2, H, W) -> PIL RGB: its hue tells class and instance, black is no class."""
     classes, ids = np.asarray(frame, np.int64)
     full = 255 * (classes > 0)
     hsv = np.stack([(97 * classes + 41 * ids) % 256, 3 * full // 4, full], -1).astype(np.uint8)
-    return np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
+    return Image.fromarray(hsv, "HSV").convert("RGB")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -944,12 +973,6 @@ PALETTE = "tomato deepskyblue limegreen orange violet turquoise hotpink".split()
 
 def draw_grid(predictions, stem):
     return data.save_grid(np.stack([p["pixels"] for p in predictions]), stem)
-
-
-def draw_strip(steps, stem):
-    """Estimates (N, steps, H, W, C) -> a row per sample, with ten of them."""
-    tenths = np.linspace(0, steps.shape[1] - 1, 10).round().astype(int)
-    return data.save_grid(np.concatenate(steps[:, tenths]), stem, columns=10)
 
 
 def draw_beside(predictions, records, stem):
@@ -963,7 +986,7 @@ def draw_beside(predictions, records, stem):
 def enlarged(image):
     """A small PIL image enlarged to about 384 pixels, how many times, and a font for it."""
     zoom = max(1, round(384 / max(image.size)))
-    picture = image.resize((image.width * zoom, image.height * zoom), Image.NEAREST)
+    picture = ImageOps.scale(image, zoom, Image.NEAREST)
     return picture, zoom, ImageFont.load_default(max(12, max(picture.size) // 40))
 
 
@@ -973,7 +996,7 @@ def draw(image, prediction, c):
     picture, zoom, font = enlarged(image)
     categories = {category["id"]: category for category in c.categories}
     objects = sorted(prediction["objects"], key=lambda obj: obj["score"])
-    coloured = list(zip(objects, cycle(PALETTE)))
+    coloured = [(obj, PALETTE[obj["category_id"] % len(PALETTE)]) for obj in objects]
     for obj, color in coloured:                        # masks first, so that they hide nothing else
         if "segmentation" in obj:
             mask = Image.fromarray(110 * mask_tools.decode(obj["segmentation"]))
@@ -1001,40 +1024,124 @@ def draw_object(pen, obj, category, color, zoom, font):
         for a, b in category.get("skeleton", ()):
             pen.line([*points[a - 1], *points[b - 1]], "white", line)
         for dot in points:
-            pen.ellipse([*(dot - 2 * line), *(dot + 2 * line)], fill=color, outline="black")
+            pen.circle(dot, 2 * line, color, "black")
     text = f"{category['name']} {obj['score']:.2f}"
     left, top, right, bottom = pen.textbbox((x, y), text, font)
     up = min(bottom - y + 2, y)                        # above the box where there is room
-    pen.rectangle((left, y - up, right + 2, bottom - up + 2), fill=color)
+    pen.rectangle((left, y - up, right + 2, bottom - up + 2), color)
     pen.text((x + 1, y - up), text, "black", font)
 
 
-def draw_attention(model, inputs, c):
-    """The cross-attention of the tokens of the 4 likeliest objects of one image: a row per object,
-    a picture per token y_min x_min y_max x_max class. UserError if it is not to patches."""
-    require(
-        c.model.encoder != "fit",
-        "--attention: the decoder of a fit attends to latents, not to patches")
-    [view] = inputs.views
-    [objects] = inputs.objects
-    boxes, labels = prompt_boxes([view], [objects], c)
-    tokens = tokenizer.encode_detection(boxes, labels, c.vocab).inputs
-    context = inputs.encode(model)
-    maps = attention_maps(model, context, tokens.to(context.device)).cpu()
-    rows, cols = model.encoder.grid
-    maps = maps[:, -rows * cols:].view(-1, 5, rows, cols)          # without the class token
-    canvas = ImageOps.contain(
-        Image.fromarray(view.image(inputs.images[0])), (192, 192), Image.NEAREST)
+# --------------------------------------------------------------------------------------------------
+# a page that explains a prediction, for a browser, whole in one file
+
+PAGE = """<!doctype html>
+<meta charset="utf-8">
+<title>{title}</title>
+<style>
+body {{ font: 13px sans-serif; margin: 2em }}
+div {{ display: flex; flex-wrap: wrap; gap: 6px; margin-bottom: 1em }}
+figure {{ margin: 0; padding: 4px; width: 100px; border-radius: 4px; background: #eee }}
+figure img {{ width: 100px; display: block; image-rendering: pixelated }}
+.class {{ background: #ffd9b3 }}
+.coordinate {{ background: #d5e8ff }}
+.text {{ background: #dff5d5 }}
+</style>
+<h1>{title}</h1>
+<img src="{picture}">
+<p>Of what was written, token by token after each prompt: where the decoder looked for it
+(cross-attention, mean of layers and heads), what it says, its number and probability, other
+choices. Coordinates are fractions of the image as the network sees it. Of what came out of noise:
+ten steps, with the time t, and gamma, the part of signal in x_t.</p>
+"""
+
+
+def explain(model, trace, picture, c, stem):
+    """STEM.html: a picture of what was predicted, and how it came about (see Inputs.trace)."""
+    page = PAGE.format(title=html.escape(basename(stem)), picture=embedded(picture))
+    noise = isinstance(c.model, ImageConfig)
+    for title, figures in step_rows(trace, c) if noise else token_rows(model, trace, c):
+        page += f"<h2>{html.escape(title)}</h2><div>{''.join(figures)}</div>"
+    Path(f"{stem}.html").write_text(page, "utf-8")
+
+
+def embedded(picture):
+    """A PIL image as an address that is the image itself."""
+    content = base64.b64encode(file_of(picture, "webp"))
+    return f"data:image/webp;base64,{content.decode()}"
+
+
+def figure(kind, picture, *lines):
+    image = f'<img src="{embedded(picture)}">' if picture else ""
+    return f'<figure class="{kind}">{image}{"<br>".join(map(html.escape, lines))}</figure>'
+
+
+def as_picture(pixels):
+    """uint8 (C, H, W) -> a PIL image."""
+    return Image.fromarray(pixels.movedim(0, -1).cpu().numpy().squeeze())
+
+
+def token_rows(model, trace, c):
+    """Yields the prompt and the figures of the tokens after it, of at most four at a time; of
+    several samples the first."""
+    names = columns(c.categories, "label", "name")
+    meaning = partial(tokenizer.meaning, vocab=c.vocab, names=names)
+    for seen, context, prompts, tokens in trace:
+        prompts, tokens = prompts.flatten(0, -2).to(tokens), tokens.flatten(0, 1)
+        given = prompts.shape[1]
+        sequences = torch.cat([prompts, tokens[::len(tokens) // len(prompts)]], 1)     # (S, P + T)
+        for n, row in enumerate(sequences[:4]):
+            n = n * len(seen) // len(sequences)        # the image that it is about
+            end = row.count_nonzero()                  # where the token stands that ends it
+            logits, maps = attention_maps(model, context[n:n + 1], row[None, :end])
+            written = zip(row[given:end + 1].tolist(), logits[given - 1:], maps[given - 1:])
+            title = " ".join(meaning(token)[1] for token in row[:given].tolist())
+            yield title, token_figures(model, seen[n], written, meaning)
+
+
+def token_figures(model, image, written, meaning):
+    """Yields a figure per token of a sequence about an encoded image (3, H, W), of (token, logits
+    (V,), attention (N,))."""
+    canvas = ImageOps.contain(as_picture((255 * image).byte()), (100, 100), Image.NEAREST)
+    coordinates = 0                                    # since anything else: y and x in turn
+    for token, scores, heat in written:
+        kind, text = meaning(token)
+        coordinates = coordinates + 1 if kind == "coordinate" else 0
+        if coordinates:
+            text = f"{'xy'[coordinates % 2]} {text}"
+        probs = scores.float().softmax(0)
+        others = [
+            f"{meaning(other)[1]} {probs[other]:.0%}"
+            for other in probs.topk(4).indices.tolist() if other != token]
+        yield figure(
+            kind, lit(model, canvas, heat), text, f"token {token}, {probs[token]:.0%}", *others[:3])
+
+
+def lit(model, canvas, heat):
+    """A PIL image, dark but where it was looked at, heat (N,); None if a FIT encodes: its decoder
+    looks at latents, not at patches."""
+    if model.config.encoder == "fit":
+        return None
+    rows, cols = model.encoder.grid                    # a class token stands before the patches
+    heat = heat[-rows * cols:].view(rows, cols).cpu()
+    light = Image.fromarray((255 * heat / heat.max()).byte().numpy())
     dark = Image.blend(canvas, Image.new("RGB", canvas.size), 0.8)
-    pictures = []
-    for n in sorted(range(len(objects)), key=lambda n: -objects[n]["score"])[:4]:
-        box = boxes[0, n, [1, 0, 3, 2]] * torch.tensor(canvas.size * 2)        # x0 y0 x1 y1
-        for heat in maps[n]:
-            light = Image.fromarray((255 * heat / heat.max()).byte().numpy())
-            picture = Image.composite(canvas, dark, light.resize(canvas.size, Image.BILINEAR))
-            ImageDraw.Draw(picture).rectangle(box.tolist(), outline="white")
-            pictures.append(picture)
-    return data.tile(pictures, columns=5)
+    return Image.composite(canvas, dark, light.resize(canvas.size, Image.BILINEAR))
+
+
+def step_rows(trace, c):
+    """Yields a title and the figures of ten steps, of x_t and of x0."""
+    gamma = diffusion.gamma_schedule(c.sampling.sample_schedule)
+    steps = np.linspace(0, len(trace) - 1, 10).round().astype(int)
+    titles = "x_t: what the network saw", "x0: what it took that for"
+    for title, samples in zip(titles, zip(*trace)):
+        figures = []
+        for i in np.unique(steps).tolist():
+            t = torch.tensor(1 - i / len(trace))
+            pixels = samples[i].movedim(1, 0).flatten(1, -2)       # one sample below the other
+            picture = paint(pixels) if c.diffusion.bits == "ids" else as_picture(pixels)
+            figures.append(figure("", picture, f"t {t:.2f}", f"gamma {gamma(t):.3f}"))
+        yield title, figures
 
 
 if __name__ == "__main__":

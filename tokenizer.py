@@ -23,6 +23,7 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, wraps
+from importlib import import_module
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
@@ -138,8 +139,7 @@ def encode_detection(boxes_yxyx, labels, vocab, corrupt=None, noise_weight=1.0, 
 
     def serialize(coords, classes, empty):
         objects = torch.cat([coords, classes[..., None]], -1)                  # (..., N, 5)
-        objects = torch.where(pad[..., None], empty, objects)
-        return objects.flatten(-2)                                             # (..., 5 N)
+        return torch.where(pad[..., None], empty, objects).flatten(-2)         # (..., 5 N)
 
     targets = serialize(coords, classes, PAD)
     inputs = with_prompt(PROMPT_DET, serialize(coords, input_classes, PAD))
@@ -263,9 +263,8 @@ def split_polygons(points):
     padding, cut at every point of which a coordinate is the separator. A lone coordinate at the end
     is dropped."""
     points = points[:len(points) // 2 * 2].reshape(-1, 2)
-    ended = (points == PAD_POINT).any(-1)
-    if ended.any():
-        points = points[:ended.nonzero()[0, 0]]
+    padding = (points == PAD_POINT).any(-1)
+    points = points[padding.cumsum(0) == 0]
     cut = (points == SEPARATOR_POINT).any(-1)
     group = cut.cumsum(0)[~cut]
     return [points[~cut][group == g].numpy() for g in group.unique()]
@@ -277,6 +276,35 @@ def point_score(box_scores, tokens, token_probs, points_weight=1.0):
     written = (tokens != PAD).float()
     points_score = (token_probs * written).sum(-1) / written.sum(-1).clamp_min(1)
     return points_weight * points_score + (1 - points_weight) * box_scores
+
+
+# --------------------------------------------------------------------------------------------------
+# what a token says
+
+SPECIAL = {
+    PAD: "end",
+    PROMPT_DET: "boxes?",
+    PROMPT_SEG: "mask?",
+    PROMPT_KPT: "keypoints?",
+    PROMPT_CAP: "caption?",
+    FAKE: "noise",
+    SEPARATOR: "next polygon",
+    INVISIBLE: "invisible",
+}
+
+
+def meaning(token, vocab, names):
+    """A token -> its kind, special, class, coordinate or text, and what it says. names: {label:
+    name}"""
+    if token >= vocab.text_shift:
+        piece = token - vocab.text_shift
+        return "text", "end" if piece == END_PIECE else vocab.text.decode([piece])
+    if token >= vocab.coord_shift:
+        return "coordinate", f"{(token - vocab.coord_shift) / (vocab.bins - 1):.3f}"
+    if token >= CLASS_SHIFT:
+        label = token - CLASS_SHIFT
+        return "class", names.get(label, str(label))
+    return "special", SPECIAL.get(token, "unused")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -315,15 +343,11 @@ class SentencePieces:
     sentencepiece; UserError names a file of no use."""
 
     def __init__(self, path):
-        try:
-            from sentencepiece import SentencePieceProcessor
-        except ImportError:
-            message = f"{path} needs a package that is not installed: pip install sentencepiece"
-            raise ImportError(message) from None
+        package = optional("sentencepiece", "sentencepiece", path)
         with open(path, "rb") as f:
             proto = f.read()
         try:
-            self.model = SentencePieceProcessor()
+            self.model = package.SentencePieceProcessor()
             self.model.LoadFromSerializedProto(proto)
         except RuntimeError as e:
             raise UserError(f"{path} is no SentencePiece model, or a broken one: {e}") from None
@@ -356,6 +380,14 @@ def require(condition, message):
     """UserError with the message unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+def optional(module, package, what):
+    """A module that not everybody needs; ImportError says what needs which package."""
+    try:
+        return import_module(module)
+    except ImportError as e:
+        raise ImportError(f"{what} needs the package {package}: pip install {package}") from e
 
 
 @cache
@@ -424,7 +456,8 @@ def parsed(text, kind):
     if get_origin(kind) is Literal:
         return args[list(map(str, args)).index(text)]
     if get_origin(kind) is Annotated:
-        value, (_, _, test) = parsed(text, args[0]), args
+        base, _, test = args
+        value = parsed(text, base)
         if test(value):
             return value
     elif args:

@@ -12,7 +12,6 @@ Left out: model and pipeline parallelism.
     torchrun --nproc_per_node=8 train.py det_coco_vit_l --data_dir=coco
     python train.py --list                              # presets;  --help: options;  --bench: speed
 """
-import contextlib
 import copy
 import json
 import math
@@ -21,12 +20,13 @@ import re
 import statistics
 import subprocess
 import sys
-import time
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, replace
 from functools import partial
-from itertools import count, filterfalse, islice
+from itertools import islice
 from os.path import exists
+from time import time
 from typing import Literal
 
 import torch
@@ -40,9 +40,9 @@ import sample
 import tokenizer
 from eval import evaluate
 from model import (
-    SIZES, Device, Dtype, FITConfig, ImageARConfig, PanopticConfig, Pix2SeqConfig, RINConfig,
-    Switch, UNetConfig, adapt_weights, build, count_parameters, image_loss, load, load_weights,
-    save, set_checkpointing, token_loss)
+    COLORS, SIZES, Device, Dtype, FITConfig, ImageARConfig, PanopticConfig, Pix2SeqConfig,
+    RINConfig, Switch, UNetConfig, adapt_weights, build, count_parameters, image_loss, load,
+    load_backbone, load_weights, save, set_checkpointing, token_loss)
 from tokenizer import (
     Count, Fraction, Natural, NotNegative, Positive, Rate, Seed, UserError, frozen, require)
 
@@ -52,6 +52,8 @@ class OptimConfig:
     """What is learned from the data, how, for how long."""
     seed: Seed = 0                      # of weights, order, augmentation, dropout and noise
     init_from: str = ""                 # start from the weights of a run, or of a checkpoint
+    backbone: str = ""                  # weights of a ViT or ResNet that the encoder starts from
+    backbone_colors: Literal[tuple(COLORS)] = "imagenet"    # what its images are normalised by
     adapt: bool = False                 # init_from may be of another size, vocabulary, or classes
     batch_size: Count = 32              # images of each task per step, over all processes
     task_batches: tuple[Count, ...] = ()        # the same for each task; empty: batch_size for all
@@ -91,6 +93,7 @@ class RunConfig:
     eval_every: Natural = 0             # steps between evaluations; 0: only at the end
     eval_images: Natural = 0            # items of an evaluation while training; 0: all
     pictures: Natural = 8               # held-out items drawn at each evaluation
+    wandb: bool = False                 # write the log to Weights & Biases, too
     target: Fraction = 0.0              # stop where AP50, exact or class_accuracy on val reaches it
 
 
@@ -115,14 +118,14 @@ def train(c):
     """Trains as `c` says; the same command goes on where it was interrupted.
     Returns the last metrics {task: {name: number}}, None if it was asked to stop before."""
     device = Device(c.run.device, c.run.dtype, c.run.compile)       # cpu, cuda, mps; processes
-    c, sources = prepare(c, device)                 # wrong input ends here, before the first step
+    c, streams = prepare(c, device)                 # wrong input ends here, before the first step
     model = make_model(c, device)
-    average = Average(model, c.optim.ema_decay)     # the weights that are evaluated and sampled
+    average = copy.deepcopy(model).eval() if c.optim.ema_decay else model      # what predicts
     optimizer = make_optimizer(model.named_parameters(), c.optim, device.fused)
     start, best = resume(c, device, model, average, optimizer)
     forward, log = device.wrap(model), Log(c, device, model, start)         # wrap: compile, DDP
-    starts, task_weights = per_task(c, "task_starts"), per_task(c, "task_weights", 1.0)
-    batches = batches_from(start, sources, c, device)
+    task_weights = dict(zip(c.data.tasks, per_task(c, "task_weights", 1.0)))
+    batches = batches_from(start, streams, c, device)
     device.catch_signals()
     model.train()
 
@@ -135,9 +138,9 @@ def train(c):
         if stopping and not done:
             return log.stopped(step)
         if done or c.run.eval_every and step and step % c.run.eval_every == 0:
-            metrics = evaluate_run(average.model, c, device, step, done)
+            metrics = evaluate_run(average, c, device, step, done)
             score = log.evaluated(step, metrics)
-            if score >= best and score > -math.inf:
+            if score is not None and score >= best:
                 best = score
                 save_run("best.pt", c, device, step, best, model, average)
         if done:
@@ -150,19 +153,16 @@ def train(c):
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # A batch of each task that has started, in `accumulate` parts.
-        started = sum(step >= first for first in starts.values())
-        parts = list(islice(batches, started * c.run.accumulate))
+        parts = next(batches)                       # a batch of each task that has started
         # A loss is divided by the weights of the whole step: of all parts and all processes.
-        totals = {}
+        totals, losses = Counter(), Counter()
         for task, batch in parts:
-            totals[task] = totals.get(task, 1e-9) + batch.weights.sum()
+            totals[task] += batch.weights.sum()
         totals = device.sum(totals)
-        losses = dict.fromkeys(totals, 0.0)
         for n, (task, batch) in enumerate(parts, 1):
             with device.sync_only(forward, n == len(parts)):
                 with device.autocast():
-                    loss = LOSS[task](forward, batch.to(device.device), c) / totals[task]
+                    loss = LOSS[task](forward, batch.to(device.device), c) / (totals[task] + 1e-9)
                 # DDP averages gradients over processes, but the parts of a loss add up.
                 device.scaler.scale(loss * (device.world * task_weights[task])).backward()
             losses[task] += loss.detach()
@@ -171,7 +171,7 @@ def train(c):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.optim.clip_norm or math.inf)
         losses = device.sum(losses)
         device.step(optimizer)
-        average.update(model, step, device)
+        update_average(average, model, step, c, device)
         device.sync()
         log.step(step + 1, losses, lr, norm, parts)
 
@@ -183,8 +183,12 @@ def make_model(c, device):
     """The network that c.model describes, with random weights, or those of c.optim.init_from."""
     torch.manual_seed(c.optim.seed)
     model = build(c.model)
-    if c.optim.init_from and not exists(f"{c.run.out}/last.pt"):
-        start_from(c.optim.init_from, model, c, device)
+    if not exists(f"{c.run.out}/last.pt"):             # else weights come from there
+        if c.optim.init_from:
+            start_from(c.optim.init_from, model, c, device)
+        if c.optim.backbone:
+            for note in load_backbone(c.optim.backbone, model, c.optim.backbone_colors):
+                device.say(f"{c.optim.backbone}: {note}")
     set_checkpointing(model, c.run.checkpointing)
     return device.place(model)
 
@@ -208,25 +212,26 @@ def learning_rate(step, o):
     return o.lr * (left * (1 - o.end_lr_factor) + o.end_lr_factor)
 
 
-def batches_from(step, sources, c, device):
-    """Iterator over this process's (task, Batch) from a step on: for each step of each task that
-    has started, c.run.accumulate."""
+def batches_from(start, streams, c, device):
+    """Iterator over what this process learns from, from step `start` on: of each step a list of
+    (task, Batch), of each task that has started in c.run.accumulate parts."""
     starts = per_task(c, "task_starts")
-    tasks = {task: (size, starts[task]) for task, size in batch_sizes(c).items()}
+    tasks = dict(zip(c.data.tasks, zip(batch_sizes(c), starts)))
     positions = data.MicroBatches(
-        step, c.optim.steps, tasks, c.run.accumulate, device.rank, device.world)
-    streams = data.Streams({
-        task: data.TrainStream(source, task, c, c.optim.seed) for task, source in sources.items()})
-    return iter(data.make_loader(
-        streams, positions, partial(data.collate_parts, c), worker_count(c), pin=device.pin))
+        start, c.optim.steps, tasks, c.run.accumulate, device.rank, device.world)
+    parts = iter(data.make_loader(
+        streams, positions, partial(data.collate_parts, c), worker_count(c), device.pin))
+    return (
+        list(islice(parts, c.run.accumulate * sum(step >= first for first in starts)))
+        for step in range(start, c.optim.steps))
 
 
 # ==== reference ===================================================================================
 # before the first step
 
 def prepare(c, device):
-    """The Config with steps and categories filled in, and the source of each task. Everything that
-    can be known to be wrong is said here: UserError or OSError."""
+    """The Config with steps and categories filled in, and the data.Streams to learn from.
+    Everything that can be known to be wrong is said here: UserError or OSError."""
     tokenizer.check_fields(*sample.parts_of(c))
     check_tasks(c, device)
     sources = {task: data.make_source(c, "train", task) for task in c.data.tasks}
@@ -238,10 +243,10 @@ def prepare(c, device):
                 known["name"] == category["name"],
                 f"category {category['id']} has names {known['name']!r}, {category['name']!r}")
             known.update(category)
-    first, o = c.data.tasks[0], c.optim
-    per_epoch = len(sources[first]) / batch_sizes(c)[first]
+    first, o = sources[c.data.tasks[0]], c.optim
+    per_epoch = len(first) / batch_sizes(c)[0]
     require(
-        o.steps or o.epochs and not sources[first].endless,
+        o.steps or o.epochs and not first.endless,
         "expected --steps, or where data ends --epochs")
     o = replace(
         o, steps=o.steps or round(o.epochs * per_epoch),
@@ -251,15 +256,17 @@ def prepare(c, device):
     if isinstance(c.model, Pix2SeqConfig):
         check_sequences(c)
     else:
-        check_diffusion(c, sources[first])
+        check_diffusion(c, first)
     held_out = {task: data.make_source(c, "val", task) for task in sources}
-    for task, source in sources.items():               # errors are plainer here than from a worker
-        data.TrainStream(source, task, c, o.seed)[0]
+    streams = data.Streams({
+        task: data.TrainStream(source, task, c, o.seed) for task, source in sources.items()})
+    for task in sources:                               # errors are plainer here than from a worker
+        streams[task, 0]
     if device.first:
         open_folder(c, device)
         summarize(c, device, {"train": sources, "val": held_out})
     device.wait()
-    return c, sources
+    return c, streams
 
 
 def open_folder(c, device):
@@ -270,16 +277,18 @@ def open_folder(c, device):
     os.makedirs(out, exist_ok=True)
     device.locked = locked(out)
     if c.run.fresh and earlier:
-        aside = next(filterfalse(exists, (f"{out}.{n}" for n in count(1))))
-        os.rename(out, aside)
-        device.say(f"moved the earlier run to {aside}")
+        n = 1
+        while exists(f"{out}.{n}"):
+            n += 1
+        os.rename(out, f"{out}.{n}")
+        device.say(f"moved the earlier run to {out}.{n}")
         open_folder(c, device)
 
 
 def locked(folder):
     """The folder's lock, an open file (on Windows there is none)."""
     lock, process = open(f"{folder}/.lock", "a+"), str(os.getpid())
-    with contextlib.suppress(ImportError):
+    with suppress(ImportError):
         import fcntl
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -312,17 +321,17 @@ def summarize(c, device, sources):
 
 
 def per_task(c, field, default=0):
-    """{task: its value} of a field of c.optim that holds one value per task, or none."""
+    """The value of each task of a field of c.optim that holds one per task, or none."""
     tasks = c.data.tasks
     values = getattr(c.optim, field) or (default,) * len(tasks)
     require(
         len(values) == len(tasks),
         f"--{field} is {values}: expected {len(tasks)} numbers, for {','.join(tasks)}")
-    return dict(zip(tasks, values))
+    return values
 
 
 def batch_sizes(c):
-    """{task: images of a batch}."""
+    """Images of a batch of each task."""
     return per_task(c, "task_batches", c.optim.batch_size)
 
 
@@ -338,10 +347,10 @@ def check_tasks(c, device):
             f"--tasks={','.join(tasks)}: {task!r} is no task of "
             f"{type(c.model).__name__}, expected some of {','.join(c.model.TASKS)}")
     require(
-        0 in per_task(c, "task_starts").values(),
+        0 in per_task(c, "task_starts"),
         "--task_starts: expected a task that starts at step 0")
     per_task(c, "task_weights", 1.0)
-    for size in batch_sizes(c).values():
+    for size in batch_sizes(c):
         require(
             not size % (device.world * c.run.accumulate),
             f"a batch of {size} is not a multiple of {device.world} processes x --accumulate")
@@ -371,8 +380,8 @@ def check_sequences(c):
 def check_diffusion(c, source):
     """UserError if data, recipe and network do not fit each other."""
     d, m = c.diffusion, c.model
-    for schedule in (d.train_schedule, c.sampling.sample_schedule):
-        diffusion.gamma_schedule(schedule)
+    diffusion.gamma_schedule(d.train_schedule)
+    diffusion.gamma_schedule(c.sampling.sample_schedule)
     require(
         (d.pred_type == "x_softmax_xent") == (m.softmax_groups > 0),
         "pred_type x_softmax_xent and a UNet with softmax_groups belong together")
@@ -382,8 +391,8 @@ def check_diffusion(c, source):
             d.bits == "ids" and not m.channels % 2 and most < 1 << m.channels // 2,
             f"bits {d.bits!r}, channels {m.channels}: expected 'ids', twice the bits of {most}")
         return
-    codes = {"": 1, **diffusion.RGB_CODES}             # channels of a colour
-    channels = c.data.image_channels * codes.get(d.bits, 0)
+    # As many of each colour as its code has bits.
+    channels = c.data.image_channels * {"": 1, **diffusion.RGB_CODES}.get(d.bits, 0)
     require(
         m.channels == channels,
         f"channels is {m.channels}, but image_channels={c.data.image_channels} with "
@@ -488,22 +497,16 @@ def orthogonal(x):
     return x
 
 
-class Average:
-    """The moving average of the weights. It forgets the first ones faster, as they are worth little
-    (the reference's starts from random ones). Without a decay, the weights themselves."""
-
-    def __init__(self, model, decay):
-        self.decay = decay
-        self.model = copy.deepcopy(model).eval() if decay else model
-
-    @torch.no_grad()
-    def update(self, model, step, device):
-        if self.decay:
-            weight = device.number(1 - min(self.decay, (1 + step) / (10 + step)))
-            ours, theirs = list(self.model.parameters()), list(model.parameters())
-            torch._foreach_lerp_(ours, theirs, [weight] * len(ours))
-            for ours, theirs in zip(self.model.buffers(), model.buffers()):
-                ours.copy_(theirs)
+@torch.no_grad()
+def update_average(average, model, step, c, device):
+    """Moves the averaged weights, if there are any, on to those of the model. They forget the first
+    ones faster, as these are worth little (the reference's start from random ones)."""
+    if average is not model:
+        weight = device.number(1 - min(c.optim.ema_decay, (1 + step) / (10 + step)))
+        ours, theirs = list(average.parameters()), list(model.parameters())
+        torch._foreach_lerp_(ours, theirs, [weight] * len(ours))
+        for ours, theirs in zip(average.buffers(), model.buffers()):
+            ours.copy_(theirs)
 
 
 def evaluate_run(model, c, device, step, done):
@@ -513,8 +516,10 @@ def evaluate_run(model, c, device, step, done):
         model, c, "val", device,
         workers=worker_count(c), limit=0 if done or c.run.target else c.run.eval_images)
     if device.first and c.run.pictures:
-        options = sample.SampleOptions(count=c.run.pictures, out=f"{c.run.out}/step_{step:07d}")
-        sample.show(model, c, c.data.tasks, options, device.generator(0))
+        sample.show(
+            model, c, c.data.tasks,
+            sample.SampleOptions(count=c.run.pictures, out=f"{c.run.out}/step_{step:07d}"),
+            device.generator(0))
     return metrics
 
 
@@ -532,8 +537,8 @@ def save_run(name, c, device, step, best, model, average, optimizer=None):
         "best": best,
         "model": model.state_dict(),
     }
-    if average.decay:
-        content["ema"] = average.model.state_dict()
+    if average is not model:
+        content["ema"] = average.state_dict()
     if optimizer:
         content |= {"optimizer": optimizer.state_dict(), "scaler": device.scaler.state_dict()}
     save(f"{c.run.out}/{name}", content)
@@ -558,7 +563,7 @@ def resume(c, device, model, average, optimizer):
             f"been one of {now['steps']}")
         then["steps"] = now["steps"]
     changed = [f"{key}: {then.get(key)} there, {value} here"
-               for key, value in now.items() if then.get(key) != value]
+               for key, value in now.items() if then.get(key, value) != value]
     require(
         not changed,
         f"{path} is of another run ({'; '.join(changed)}): expected another --out, or --fresh")
@@ -571,21 +576,18 @@ def resume(c, device, model, average, optimizer):
             f"--init_from={c.run.out}/best.pt starts from its weights") from e
     if scaler := saved.get("scaler"):
         device.scaler.load_state_dict(scaler)
-    if average.decay:
-        load_weights(average.model, saved["ema"])
+    if average is not model:
+        load_weights(average, saved["ema"])
     return saved["step"], saved["best"]
 
 
 def facts(config):
     """What makes a nested dict of a Config this run and no other, by name."""
-    return {
-        **config["optim"],
-        **config["diffusion"],
-        **config["data"],
-        **config["vocab"],
-        **config["model"],
-        "classes": ", ".join(f"{row['label']} {row['name']}" for row in config["categories"]),
-    }
+    found = {}
+    for part in "optim", "diffusion", "data", "vocab", "model":
+        found |= config[part]
+    return found | {
+        "classes": ", ".join(f"{row['label']} {row['name']}" for row in config["categories"])}
 
 
 def start_from(path, model, c, device):
@@ -614,7 +616,6 @@ def start_from(path, model, c, device):
         notes.append(f"{len(changed)} of {len(now)} classes differ, their tokens start afresh")
         rows = [tokenizer.CLASS_SHIFT + label for label in changed]
         for name in weights.keys() & {"decoder.embed", "decoder.unembed", "decoder.bias"}:
-            weights[name] = weights[name].clone()
             weights[name][rows] = model.state_dict()[name][rows]
     load_weights(model, weights)
     for note in notes:
@@ -634,12 +635,12 @@ class Log:
 
     def __init__(self, c, device, model, start):
         self.c, self.device, self.losses, self.warned = c, device, {}, set()
-        self.path, self.board = f"{c.run.out}/log.jsonl", None
-        self.born, self.reached = time.time(), None
+        self.path, self.board, self.wandb = f"{c.run.out}/log.jsonl", None, None
+        self.born, self.reached = time(), None
         self.restart(start)
         device.say(
             f"{c.run.out}: {count_parameters(model):,} parameters, {c.optim.steps} steps of "
-            f"{sum(batch_sizes(c).values())} images, on {device.world} x {device.name}"
+            f"{sum(batch_sizes(c))} images, on {device.world} x {device.name}"
             + (f", going on from step {start}; a larger --steps goes further" if start else ""))
         self.bar = tqdm(
             total=c.optim.steps, initial=start, disable=device.quiet, dynamic_ncols=True)
@@ -647,22 +648,22 @@ class Log:
             return
         if exists(self.path):                  # forget what came after the last checkpoint
             kept = []
-            with open(self.path, errors="replace") as f:
-                for line in f:
-                    with contextlib.suppress(ValueError, AttributeError):      # of half a line
-                        entry = json.loads(line)
-                        # An evaluation at `start` is made again.
-                        if (entry.get("step", start), "lr" not in entry) <= (start, False):
-                            kept.append(json.dumps(entry) + "\n")
+            for entry in read_log(c.run.out):
+                # An evaluation at `start` is made again.
+                if (entry.get("step", start), "lr" not in entry) <= (start, False):
+                    kept.append(json.dumps(entry) + "\n")
             with open(self.path, "w") as f:
                 f.writelines(kept)
-        with contextlib.suppress(ImportError):
+        with suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(c.run.out, purge_step=start + 1)
+        if c.run.wandb:
+            wandb = tokenizer.optional("wandb", "wandb", "--wandb")
+            self.wandb = wandb.init(project="nano-pix2seq", name=c.run.out, config=asdict(c))
 
     def restart(self, step):
         """Begins a span of steps to be timed."""
-        self.began, self.since, self.images = time.time(), step, 0
+        self.began, self.since, self.images = time(), step, 0
 
     def write(self, step, values, shown):
         """Writes {name: number}, for people only those whose names are `shown`."""
@@ -672,6 +673,8 @@ class Log:
             f.write(json.dumps({"step": step, **values}) + "\n")
         self.device.say(
             f"step {step:>7} " + " ".join(f"{key} {values[key]:.4g}" for key in shown))
+        if self.wandb:
+            self.wandb.log(values, step)
         for key, value in values.items() if self.board else ():
             if isinstance(value, float):
                 self.board.add_scalar(key, value, step)
@@ -691,7 +694,7 @@ class Log:
         values = {"loss": sum(losses.values())}
         if len(self.c.data.tasks) > 1:
             values |= {f"loss_{task}": loss for task, loss in losses.items()}
-        seconds = time.time() - self.began
+        seconds = time() - self.began
         values |= {
             "lr": lr,
             "grad_norm": norm.item(),
@@ -712,24 +715,27 @@ class Log:
         return losses
 
     def evaluated(self, step, metrics):
-        """Writes the metrics. Returns the mean of each task's first one, -inf if there are none."""
+        """Writes the metrics. Returns the mean of each task's first one, None if there are none."""
         self.restart(step)                             # evaluation is not training time
         if not metrics:
-            return -math.inf
+            return
         values, shown = {}, []
         for task, numbers in metrics.items():
             named = {f"{task}_{name}": value for name, value in numbers.items()}
             values |= named
             shown += [name for name, value in named.items() if isinstance(value, float)][:3]
+        firsts = [next(iter(numbers.values())) for numbers in metrics.values()]
+        score = None
+        if -1 not in firsts:                           # else there was nothing to find
+            score = values["score"] = sum(firsts) / len(firsts)
         self.write(step, values, shown)
         numbers = metrics[self.c.data.tasks[0]]
         for name in QUOTED:
             if 0 < self.c.run.target <= numbers.get(name, 0):
                 self.reached, self.device.asked = metrics, True
-                minutes = (time.time() - self.born) / 60
-                self.device.say(f"{name} {numbers[name]:.3f} after {minutes:.2f} minutes")
-        firsts = [next(iter(numbers.values())) for numbers in metrics.values()]
-        return -math.inf if -1 in firsts else sum(firsts) / len(firsts)     # -1: nothing to find
+                self.device.say(
+                    f"{name} {numbers[name]:.3f} after {(time() - self.born) / 60:.2f} minutes")
+        return score
 
     def stopped(self, step):
         """Says where the run stopped. Returns the metrics that reached the target, None if none
@@ -740,6 +746,28 @@ class Log:
         return self.reached if self.device.first else {}
 
 
+def read_log(folder):
+    """Yields what stands in a run's log.jsonl, a dict per line, but for the half of a line."""
+    with open(f"{folder}/log.jsonl", errors="replace") as f:
+        for line in f:
+            with suppress(ValueError):
+                yield json.loads(line)
+
+
+def plot(folders):
+    """Draws loss and score of runs by step, into curves.png in the first one's folder."""
+    matplotlib = tokenizer.optional("matplotlib.figure", "matplotlib", "--plot")
+    figure = matplotlib.Figure((12, 4), layout="constrained")
+    for name, axes in zip(("loss", "score"), figure.subplots(1, 2)):
+        for folder in folders:
+            points = [(row["step"], row[name]) for row in read_log(folder) if name in row]
+            axes.plot(*zip(*points), label=folder)
+        axes.set(title=f"{name} by step")
+        axes.legend()
+    figure.savefig(f"{folders[0]}/curves.png")
+    print(f"{folders[0]}/curves.png")
+
+
 # --------------------------------------------------------------------------------------------------
 # presets
 
@@ -747,28 +775,24 @@ NOT_RUN = "not run here"
 PRESETS = {}
 
 
-@dataclass
-class Preset:
-    config: Config
-    about: str                                         # the recipe in words, and what it is for
-    result: str                                        # measured, published, or not run
-
-
 class Recipe:
     """A subclass whose name is in lower case is a row of PRESETS: the fields, named as on the
     command line, in which it differs from the one it is derived from, or from Config's defaults.
-    `model` puts another network in place of the whole `c.model`, before the other fields."""
+    Its docstring says the recipe in words, and what it is for. name: the row's, if not the class's.
+    """
     config = Config()
+    model = None                       # another network in place of the whole `config.model`
+    result = NOT_RUN                   # measured, published, or not run; not inherited
 
-    def __init_subclass__(cls):
-        fields = {name: value for name, value in vars(cls).items() if not name.startswith("_")}
-        result = fields.pop("result", NOT_RUN)
-        c = replace(cls.config, model=fields.pop("model", cls.config.model))
-        unknown = set(fields).difference(*map(vars, sample.parts_of(c)))
-        assert not unknown, f"preset {cls.__name__}: no field is called {unknown}"
+    def __init_subclass__(cls, name=None):
+        name, fields = name or cls.__name__, vars(cls)
+        c = replace(cls.config, model=fields.get("model", cls.config.model))
+        unknown = set(fields).difference(vars(Recipe), *map(vars, sample.parts_of(c)))
+        assert not unknown, f"preset {name}: no field is called {unknown}"
         cls.config = sample.changed(c, **fields)
-        if cls.__name__.islower():
-            PRESETS[cls.__name__] = Preset(cls.config, cls.__doc__, result)
+        cls.result = fields.get("result", NOT_RUN)
+        if name.islower():
+            PRESETS[name] = cls
 
 
 class Small(Recipe):
@@ -785,20 +809,16 @@ class Long(Recipe):
 
 
 # Drawn shapes, for two CPU cores: 64 bins for 64 px, four classes, captions in bytes.
-SMALL_VIT = dict(
-    image_size=(64, 64), enc_layers=2, enc_dim=96, enc_mlp=192, enc_heads=4, drop_path=0.0,
-    dropout=0.0)
-
-
 class det_shapes(Small):
     """boxes of drawn shapes, 64 px"""
     result = "AP50 0.98, AP 0.82 after 4.3 minutes, on test, three seeds"
-    model = Pix2SeqConfig(**SMALL_VIT)
+    image_size = 64, 64
     patch_size = 8
-    dec_layers = 2
-    dec_dim = 96
-    dec_mlp = 192
-    dec_heads = 4
+    enc_layers = dec_layers = 2
+    enc_dim = dec_dim = 96
+    enc_mlp = dec_mlp = 192
+    enc_heads = dec_heads = 4
+    drop_path = dropout = 0.0
     vocab_size = 432
     max_seq_len = 64
     bins = 64
@@ -911,14 +931,12 @@ PUBLISHED_AP = {                                       # at 640, 1024 and 1333 p
 }
 for size, published in PUBLISHED_AP.items():
     for side, ap in zip((640, 1024, 1333), published):
-        # A class statement, but with a name from the loop.
-        type(f"det_coco_{size}_{side}".removesuffix("_640"), (CocoFineTuning,), dict(
-            __doc__=f"COCO fine-tuning of 2109.10852, {side} px; 8 GPUs",
-            result=f"{NOT_RUN}; published {ap} AP, from Objects365 weights",
-            model=SIZES[size],
-            image_size=(side, side),
-            checkpointing=side > 640,
-        ))
+        class Published(CocoFineTuning, name=f"det_coco_{size}_{side}".removesuffix("_640")):
+            __doc__ = f"COCO fine-tuning of 2109.10852, {side} px; 8 GPUs"
+            result = f"{NOT_RUN}; published {ap} AP, from Objects365 weights"
+            model = SIZES[size]
+            image_size = side, side
+            checkpointing = side > 640
 
 
 class det_coco_fit_b(CocoFineTuning):
@@ -1118,9 +1136,15 @@ class ar_mnist(ar_shapes):
 class pan_shapes(gen_shapes):
     """panoptic masks of drawn scenes, 64 px"""
     result = "PQ 0.71 after some 10 minutes, on test, three seeds"
-    model = PanopticConfig(**SMALL_VIT)
+    model = PanopticConfig()
+    image_size = 64, 64
     encoder = "vit"
     patch_size = 4
+    enc_layers = 2
+    enc_dim = 96
+    enc_mlp = 192
+    enc_heads = 4
+    drop_path = dropout = 0.0
     channels = 6
     fuse_dim = 32
     unet_dim = 32
@@ -1381,47 +1405,59 @@ class gen_video64_rin(gen_imagenet64_rin):
 # --------------------------------------------------------------------------------------------------
 # command line
 
+@frozen
+class Commands:
+    """What is asked for in place of training."""
+    list: bool = False                  # show the presets
+    plot: tuple = ()                    # draw the curves of the runs in these folders
+    bench: bool = False                 # measure the speed of this machine
+    json: bool = False                  # of --bench: its rows, in a last line
+    against: str = ""                   # of --bench: beside that of the checkout in this folder
+
+
 def parse(argv):
-    """Command line -> (Config, arguments). The preset stands first, or is det_shapes."""
-    argv = list(argv)
-    name = argv.pop(0) if argv and not argv[0].startswith("-") else "det_shapes"
+    """Command line -> (Config, Commands). The preset stands first, or is det_shapes."""
+    if not argv or argv[0].startswith("-"):
+        argv = "det_shapes", *argv
+    name, *argv = argv
     parser = sample.Parser(usage="train.py [PRESET] [--OPTION=VALUE ...]", description=__doc__)
-    parser.add_argument("--list", action="store_true", help="show the presets")
-    parser.add_argument("--bench", action="store_true", help="measure the speed of this machine")
-    parser.add_argument("--json", action="store_true", help="of --bench: its rows, in a last line")
-    parser.add_argument("--against", metavar="FOLDER", help="of --bench: beside another checkout's")
+    parser.add_argument("--plot", nargs="+", metavar="RUN", help="draw the curves of these folders")
     if name not in PRESETS:
-        parser.error(f"unknown preset {name!r}" + sample.nearest(name, PRESETS))
+        parser.error(f"unknown preset {name!r}{sample.nearest(name, PRESETS)}")
     c = PRESETS[name].config
-    idle = diffusion.DiffusionConfig if isinstance(c.model, Pix2SeqConfig) else tokenizer.Vocab
-    parser.add_config(*(part for part in sample.parts_of(c) if type(part) is not idle))
+    parts = sample.parts_of(c)
+    parts.remove(c.diffusion if isinstance(c.model, Pix2SeqConfig) else c.vocab)
+    parser.add_config(Commands(), *parts, without=("plot",))
     args = parser.parse(argv)
     try:
         c = sample.apply(c, args)
     except UserError as e:
         parser.error(str(e))
-    return sample.changed(c, out=c.run.out or f"out/{name}"), args
+    c = sample.changed(c, out=c.run.out or f"out/{name}")
+    return c, sample.given(Commands(), vars(args))
 
 
 @tokenizer.script
 def main():
-    c, args = parse(sys.argv[1:])
-    if args.list:
+    c, commands = parse(sys.argv[1:])
+    if commands.list:
         for name, row in PRESETS.items():
-            print(f"{name}\n    {row.about}\n    {row.result}")
+            print(f"{name}\n    {row.__doc__}\n    {row.result}")
         return
-    Device.launch(c.run.device, partial(start, c, args))
+    if commands.plot:
+        return plot(commands.plot)
+    Device.launch(c.run.device, partial(start, c, commands))
 
 
-def start(c, args, _):
+def start(c, commands, _):
     """What this process does of what the command line asks for."""
-    began = time.time()
+    began = time()
     try:
-        if args.against:
-            return bench_against(args.against)
-        if args.bench:
+        if commands.against:
+            return bench_against(commands.against)
+        if commands.bench:
             rows = bench(c)
-            if args.json:
+            if commands.json:
                 print(json.dumps(rows))
             return
         metrics = train(c)
@@ -1434,7 +1470,7 @@ def start(c, args, _):
         print(f"{task}: {', '.join(shown[:4])}")
     if metrics:
         print(
-            f"{(time.time() - began) / 60:.1f} minutes\n"
+            f"{(time() - began) / 60:.1f} minutes\n"
             f"checkpoints {c.run.out}/best.pt and last.pt, pictures step_*/, log.jsonl\n"
             f"next: python sample.py --ckpt={c.run.out}")
 
@@ -1443,16 +1479,13 @@ def bench(c):
     """Prints median times of training and of prediction on this machine, how much of the speed of a
     large matrix product training has, memory, and how often something was compiled meanwhile."""
     device = Device(c.run.device, c.run.dtype, c.run.compile)
-    c, sources = prepare(c, device)
+    c, streams = prepare(c, device)
     c = sample.changed(c, steps=10 ** 6, task_starts=())       # batches must not run out
     model = make_model(c, device)
     optimizer = make_optimizer(model.named_parameters(), c.optim, device.fused)
     forward = device.wrap(model)
-    batches, images = batches_from(0, sources, c, device), sum(batch_sizes(c).values())
+    batches, images = batches_from(0, streams, c, device), sum(batch_sizes(c))
     rows = {}
-
-    def fetch():
-        return list(islice(batches, len(sources) * c.run.accumulate))
 
     def loss():
         with device.autocast():
@@ -1484,8 +1517,8 @@ def bench(c):
         return median
 
     device.say(f"{images} images per step on {device.world} x {device.name}, {device.dtype}")
-    measure("data", fetch)
-    parts = fetch()
+    measure("data", partial(next, batches))
+    parts = next(batches)
     model.train()
     with torch.no_grad():
         measure("forward", loss)
@@ -1516,9 +1549,10 @@ def bench_sequences(model, c, device, measure):
     prompts = torch.full((1, 16, 6), 10, device=device.device)
     length, s = 5 * c.data.max_objects, c.sampling
     measure("decode", partial(generate, prompts[:, 0, :1], length, top_p=s.top_p), length, "tokens")
-    polygons = partial(
-        generate, prompts, 2 * c.data.max_points, samples=s.seg_samples, top_p=s.seg_top_p)
-    measure("16 objects", polygons, 16 * s.seg_samples, "polygons")
+    measure(
+        "16 objects",
+        partial(generate, prompts, 2 * c.data.max_points, samples=s.seg_samples, top_p=s.seg_top_p),
+        16 * s.seg_samples, "polygons")
 
 
 def bench_samples(model, c, device, measure):
@@ -1529,10 +1563,10 @@ def bench_samples(model, c, device, measure):
 def bench_against(folder):
     """Runs --bench here and in another checkout in turn, three times, with the other options of the
     command line, and prints medians. UserError if one fails, which has said why."""
-    scripts, times = (f"{folder}/train.py", __file__), {}
+    times = {}
     ours = "--bench", "--json", "--against", folder, f"--against={folder}"
     options = [text for text in sys.argv[1:] if text not in ours]
-    for n, script in enumerate(3 * scripts):
+    for n, script in enumerate(3 * (f"{folder}/train.py", __file__)):
         done = subprocess.run(
             [sys.executable, script, *options, "--bench"], stdout=subprocess.PIPE, text=True)
         require(not done.returncode, f"{script}: --bench failed, exit code {done.returncode}")

@@ -277,7 +277,7 @@ def add_noise(x0, eps, t):
 
     x_t = sqrt(gamma) x0 + sqrt(1 - gamma) eps, with gamma(t) = cos(t pi / 2) squared. The squares
     of the two factors sum to 1, so that x_t stays as large as its parts (2301.10972, section 2).
-    Look at: `python sample.py --ckpt=out/gen_shapes --strip`, from right to left.
+    Look at: `python sample.py --ckpt=out/gen_shapes --explain`, samples.html, from right to left.
     Ours: diffusion.add_noise, gamma_schedule("cosine@0,1,1").
     """
     raise NotImplementedError

@@ -232,10 +232,12 @@ def test_a_causal_fit_lets_no_group_hear_of_later_ones_and_a_token_of_none_that_
 @pytest.mark.parametrize("side", [1, 2, 3])
 def test_cells_are_cut_row_by_row_and_put_together_again(side):
     x = torch.randn(2, 3, 6, 12)
-    cells = m.to_cells(x, side)
-    assert cells.shape == (2, side ** 2, 3, 6 // side, 12 // side)
-    assert torch.equal(cells[:, -1], x[..., -6 // side:, -12 // side:])
-    assert torch.equal(m.from_cells(cells, side), x)
+    c = replace(TINY_FIT, sample_size=(6, 12), fit_grid=side, fit_patch=1)
+    model = m.FIT(c)
+    cells = model.cells(x)
+    assert cells.shape == (2, 3, side ** 2, 6 // side, 12 // side)
+    assert torch.equal(cells[:, :, -1], x[..., -6 // side:, -12 // side:])
+    assert torch.equal(m.from_patches(cells.movedim(1, 4), model.cell_shape, x.shape), x)
 
 
 @pytest.mark.parametrize("config", [

@@ -20,8 +20,9 @@ import data
 import eval
 import sample
 import tokenizer
-from model import Device, Pix2Seq, Pix2SeqConfig, save
-from tokenizer import BytePieces, UserError
+from model import Device, Pix2Seq, Pix2SeqConfig, build, save
+from sample import Inputs
+from tokenizer import BytePieces, UserError, Vocab
 from train import Config
 
 TASKS = ("det", "seg", "kpt", "cap")
@@ -338,17 +339,103 @@ def test_sample_takes_held_out_images_and_repeats_itself(checkpoint, tmp_path):
     assert first == again and len(json.loads(first)) == 2
 
 
-def test_attention_to_latents_is_no_picture():
-    c = Config(model=replace(MODEL, encoder="fit"))
-    with pytest.raises(ValueError, match="--attention: the decoder of a fit attends to latents"):
-        sample.draw_attention(None, None, c)
+def figures_of(page):
+    """Lines of each figure of a page, and how many pictures it has."""
+    found = re.findall('<figure class="(.*?)">(.*?)</figure>', page)
+    return [(kind, *re.sub("<img.*?>", "", rest).split("<br>"), rest.count("<img"))
+            for kind, rest in found]
 
 
-def test_sample_shows_the_attention_of_the_tokens_of_an_object(checkpoint, tmp_path):
-    options = "--count=5", "--task=det", "--attention", "--min_score=0"
-    run("sample.py", f"--ckpt={checkpoint}", *options, cwd=tmp_path)
-    pictures = [name for name in os.listdir(tmp_path / "samples") if "attention" in name]
-    assert pictures and Image.open(tmp_path / "samples" / pictures[0]).size[0] > 300
+def test_a_page_explains_every_token(checkpoint, tmp_path, monkeypatch):
+    drawn = []
+    generate = Pix2Seq.generate
+
+    def kept(self, *arguments, **options):
+        drawn.append(generate(self, *arguments, **options))
+        return drawn[-1]
+
+    monkeypatch.setattr(Pix2Seq, "generate", kept)
+    boxes = "--boxes", "10,10,30,40,figure", "5,5,20,20,circle"
+    Image.new("RGB", (90, 80), "green").save(tmp_path / "a.png")
+    run("sample.py", "a.png", f"--ckpt={checkpoint}", "--explain", "--temperature=0", *boxes,
+        cwd=tmp_path)
+    page = (tmp_path / "samples/a.html").read_text()
+    assert "http" not in page and "<script" not in page
+    titles = re.findall("<h2>(.*?)</h2>", page)
+    assert [title.split()[0] for title in titles] == ["mask?", "mask?", "keypoints?", "caption?"]
+    assert titles[0].endswith("figure") and "0.111 0.111 0.557 0.444" in titles[0]
+    figures = figures_of(page)
+    for out, samples, exact in zip(drawn, (2, 1, 1), (True, False, True)):
+        for tokens, probs in zip(out.tokens[0, ::samples], out.probs[0, ::samples]):
+            for token, prob in zip(tokens.tolist()[:tokens.count_nonzero() + 1], probs.tolist()):
+                kind, text, said, *others, pictures = figures.pop(0)
+                number, share = map(int, re.findall(r"\d+", said))
+                assert number == token and pictures == 1 and len(others) == 3
+                assert kind == tokenizer.meaning(token, configuration().vocab, {})[0]
+                assert (kind == "coordinate") == (text[:2] in ("y ", "x "))
+                if exact:                              # of keypoints it reads hidden ones, too
+                    assert abs(share / 100 - prob) < 0.006, (token, share, prob)
+    assert not figures
+
+
+def test_tokens_say_what_they_mean():
+    vocab = Vocab(bins=11, coord_shift=110, text_shift=121)
+    said = [tokenizer.meaning(token, vocab, {3: "cat"}) for token in (
+        0, 10, 30, 40, 41, 50, 103, 104, 110, 120, 122, 123 + ord("a"))]
+    assert said == [
+        ("special", "end"), ("special", "boxes?"), ("special", "noise"),
+        ("special", "next polygon"), ("special", "invisible"), ("special", "unused"),
+        ("class", "cat"), ("class", "4"), ("coordinate", "0.000"), ("coordinate", "1.000"),
+        ("text", "end"), ("text", "a")]
+
+
+def test_a_page_of_a_fit_has_no_attention(tmp_path):
+    c = replace(configuration(), model=replace(MODEL, encoder="fit", image_size=(32, 32)))
+    torch.manual_seed(0)
+    network = build(c.model)
+    trace = []
+    record = {"image": Image.new("RGB", (32, 32))}
+    sample.predict(network, Inputs([record], c, trace=trace.append), c, ["cap"])
+    sample.explain(network, trace, record["image"], c, f"{tmp_path}/page")
+    figures = figures_of((tmp_path / "page.html").read_text())
+    assert figures and all(pictures == 0 for *_, pictures in figures)
+
+
+def test_sample_takes_folders_patterns_and_films_and_prints_lines(
+        checkpoint, tmp_path, monkeypatch):
+    def three(views, tokens, logprobs, c):
+        boxes, scores = 3 * [[1, 2, 9, 9]], [0.1, 0.9, 0.5]
+        return [sample.as_objects(boxes, [1, 2, 3], scores, c.categories) for _ in views]
+
+    monkeypatch.setattr(sample, "read_objects", three)
+    (tmp_path / "photos").mkdir()
+    for n in (2, 10):
+        Image.new("RGB", (60, 40 + n), "green").save(tmp_path / f"photos/{n}.jpg")
+        Image.new("RGB", (50, 40 + n), "green").save(tmp_path / f"more{n}.png")
+    frames = [Image.new("RGB", (30, 20), color) for color in ("red", "green")]
+    frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
+    options = "--json", "--task=det", "--min_score=0", "--top=2", "--batch_size=2"
+    done = run(
+        "sample.py", "photos", "more*.png", "film.gif", "none*.png", f"--ckpt={checkpoint}",
+        *options, cwd=tmp_path, check=False)
+    rows = list(map(json.loads, done.stdout.splitlines()))
+    assert done.returncode == 1 and "none*.png" in done.stderr
+    names = [row["image"] for row in rows]
+    assert names == [
+        "photos/2.jpg", "photos/10.jpg", "more10.png", "more2.png", "film_000000", "film_000001",
+        "none*.png"]
+    assert [row.get("height") for row in rows] == [42, 50, 50, 42, 20, 20, None]
+    for row in rows[:-1]:
+        assert [obj["score"] for obj in row["objects"]] == [0.9, 0.5]
+        assert os.path.exists(tmp_path / row["picture"])
+
+
+def test_an_object_has_the_colour_of_its_class():
+    c = configuration()
+    objects = [{"category_id": i, "bbox": [10, 10, 80, 80], "score": 0.5} for i in (1, 2)]
+    image = Image.new("RGB", (400, 400))
+    alone, both = (sample.draw(image, {"objects": part}, c) for part in (objects[1:], objects))
+    assert alone.getpixel((50, 90)) == both.getpixel((50, 90)) != (0, 0, 0)
 
 
 def test_sample_takes_prompt_boxes(checkpoint, tmp_path):
@@ -439,3 +526,69 @@ def test_watch_evaluates_a_checkpoint_that_appears(checkpoint, tmp_path):
     finally:
         process.kill()
     assert os.path.exists(tmp_path / "last_val_metrics.json")
+
+
+def test_results_files_of_others_are_scored_as_our_own(checkpoint, tmp_path):
+    run("eval.py", f"--ckpt={checkpoint}", f"--out={tmp_path}/ours", "--truth")
+    source = data.Shapes("val", 64, count=configuration().data.val_count)
+    for task in TASKS:
+        with open(tmp_path / f"{task}.json", "w") as f:
+            json.dump(source.truth(task), f)
+        results = f"{tmp_path}/ours_{task}.json"
+        scores = eval.score_files(eval.EvalOptions(
+            results=results, truth_json=f"{tmp_path}/{task}.json", task=task))
+        with open(f"{tmp_path}/ours_metrics.json") as f:
+            expected = json.load(f)[task]
+        assert all(scores[key] == value for key, value in expected.items() if key in scores), task
+        assert len(scores) > 2 or task == "cap"
+    options = eval.EvalOptions(results=f"{tmp_path}/bad.json", truth_json=f"{tmp_path}/det.json")
+    good = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
+    for rows, words in (
+            ({"results": [good]}, "expected a list"),
+            ([good | {"image_id": 99}], r"results\[0\] .* has 99"),
+            ([good | {"category_id": 9}], "wrong values of category_id"),
+            ([good | {"score": None}], "wrong values of score"),
+            ([good | {"bbox": ["1", 2, 3, 4]}], "wrong values of bbox")):
+        (tmp_path / "bad.json").write_text(json.dumps(rows))
+        with pytest.raises(UserError, match=words):
+            eval.score_files(options)
+    (tmp_path / "bad.json").write_text("[]")
+    assert eval.score_files(options)["AP"] == 0
+    done = run(
+        "eval.py", f"--results={tmp_path}/ours_det.json", f"--truth_json={tmp_path}/det.json")
+    assert re.search("AP +(1.0000|0.9)", done.stdout), done.stdout
+
+
+@pytest.fixture
+def two_results(tmp_path, monkeypatch):
+    """The truth of six scenes where README's commands leave it, and results: the truth, and of the
+    first image nothing right."""
+    source = data.Shapes("val", 64, count=6)
+    truth, folder = source.truth("det"), "own/annotations"
+    right = [{**a, "score": 0.9} for a in truth["annotations"]]
+    wrong = [{**a, "bbox": [0, 0, 1, 1]} if a["image_id"] == 1 else a for a in right]
+    monkeypatch.chdir(tmp_path)
+    for path, content in (
+            (f"{folder}/instances_val2017.json", truth | {"info": {}}),
+            ("out/det_coco_tiny/best_val_det.json", right),
+            ("out/second/best_val_det.json", wrong)):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w") as f:
+            json.dump(content, f)
+    return source
+
+
+def test_readme_draws_precision_and_ap_of_classes(two_results):
+    pytest.importorskip("matplotlib").use("agg")
+    seen = {}
+    exec(python_of_readme("barh", ""), seen)
+    assert Image.open("ap.png").size == (1200, 500)
+    assert np.allclose([bar.get_width() for bar in seen["bars"].patches], 1)
+    assert np.allclose([line.get_ydata() for line in seen["curves"].lines], 1)
+
+
+def test_readme_says_which_images_changed(two_results, capsys):
+    exec(python_of_readme("most_common", ""), {})
+    said = capsys.readouterr().out.splitlines()[-1]
+    count = sum(a["image_id"] == 1 for a in two_results.truth("det")["annotations"])
+    assert said.endswith(f"('000000000001.png', {-2 * count})]"), said

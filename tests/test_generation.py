@@ -327,14 +327,17 @@ def test_samples_repeat_for_a_seed_and_differ_for_another(finished, tmp_path):
     assert np.array_equal(a, b) and not np.array_equal(a, c)
 
 
-def test_a_class_is_asked_for_by_name_and_a_strip_shows_the_way(finished, tmp_path):
+def test_a_class_is_asked_for_by_name_and_a_page_shows_the_way(finished, tmp_path):
     options = [f"--ckpt={finished[0]}", "--count=2", f"--out={tmp_path}"]
     report = json.loads(run(
         "sample.py", *options, "--class=square", "--sample_steps=5", "--sampler=ddpm",
-        "--guidance=1", "--td=1", "--strip").stdout)
+        "--guidance=1", "--td=1", "--explain").stdout)
     assert report["classes"] == ["square"] * 2
     assert (report["sample_steps"], report["sampler"]) == (5, "ddpm")
-    assert {"samples.png", "strip.png"} <= set(os.listdir(tmp_path))
+    page = (tmp_path / "samples.html").read_text()
+    assert "samples.png" in os.listdir(tmp_path)
+    assert page.count("<figure") == 2 * 5 and page.count("<img") == 1 + 2 * 5
+    assert "t 1.00<br>gamma 0.000" in page and "t 0.20" in page
     for code, arguments, words in (
             (1, ["--class=cube"], "this model knows circle, square, triangle, figure"),
             (1, ["photo.jpg"], "takes no images"),

@@ -211,7 +211,7 @@ def test_sample_draws_images_of_a_class_and_completes_a_photo(finished, tmp_path
     assert json.loads(done.stdout)["classes"] == ["circle"] * 4, done.stderr
     done = draw(f"--complete={photo}")
     assert json.loads(done.stdout)["samples"] == 4, done.stderr
-    assert "--strip is of gen, pan, vps" in draw("--strip").stderr
+    assert "--explain is of cap, det, gen, kpt, pan, seg, vps" in draw("--explain").stderr
     assert "no.png" in draw("--complete=no.png").stderr
 
 

@@ -258,9 +258,10 @@ def test_same_generator_same_tokens(tiny_model):
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_attention_maps_are_distributions_over_the_patches_and_leave_no_hook(tiny_model):
-    context = tiny_model.encode(torch.rand(1, 3, 32, 32))
-    maps = m.attention_maps(tiny_model, context, torch.randint(0, 210, (1, 5)))
+def test_attention_maps_are_distributions_beside_the_logits_and_leave_no_hook(tiny_model):
+    images, tokens = torch.rand(1, 3, 32, 32), torch.randint(0, 210, (1, 5))
+    logits, maps = m.attention_maps(tiny_model, tiny_model.encode(images), tokens)
+    assert torch.allclose(logits, tiny_model(images, tokens)[0], atol=1e-6)
     assert maps.shape == (5, 16) and torch.allclose(maps.sum(1), torch.ones(5))
     assert not any(layer.cross_att._forward_hooks for layer in tiny_model.decoder.layers)
 

@@ -33,11 +33,9 @@ from model import (
     UNetConfig,
     filter_logits,
     focal_losses,
-    from_cells,
     from_patches,
     image_tokens,
     load_reference_weights,
-    to_cells,
     to_patches,
     token_losses,
 )
@@ -387,17 +385,16 @@ def check_fit(g):
 
     def to_image(tokens):
         c, (rows, cols) = model.config, model.grid
-        cell = 3, rows * c.fit_patch, cols * c.fit_patch
-        images = from_patches(
-            tokens.flatten(0, 1), model.patch_shape, (tokens[..., 0, 0].numel(), *cell))
-        return from_cells(images.unflatten(0, tokens.shape[:2]), c.fit_grid)
+        B, G = tokens.shape[:2]
+        cells = B, 3, G, rows * c.fit_patch, cols * c.fit_patch
+        cells = from_patches(tokens, model.patch_shape, cells)
+        return from_patches(cells.movedim(1, 4), model.cell_shape, (B, 3, *c.sample_size))
 
     hidden = (g["in:latent_prev"],) if "in:latent_prev" in g.npz else None
     with torch.no_grad():
         pred, (latents,) = model(to_image(g["in:x"]), g["in:t"], hidden, g["in:cond"])
-    cells = to_cells(pred, model.config.fit_grid)
-    tokens = to_patches(cells.flatten(0, 1), model.patch_shape)
-    g.check("out:x_out", tokens.unflatten(0, cells.shape[:2]))
+    tokens = to_patches(model.cells(pred), model.patch_shape)
+    g.check("out:x_out", tokens.unflatten(1, g["in:x"].shape[1:3]))
     g.check("out:latent", latents)
 
 

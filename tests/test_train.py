@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, run
+from PIL import Image
 
 import data
 import eval
@@ -671,3 +672,58 @@ def test_wrong_validation_files_are_an_error_before_the_first_step(text, words, 
     with pytest.raises(data.UserError, match=f"instances_val2017.json: {words}"):
         train.train(small_config(tmp_path / "run", data="coco", data_dir=str(tmp_path)))
     assert not (tmp_path / "run").exists()
+
+
+def test_curves_of_runs_are_drawn_side_by_side(finished, tmp_path, monkeypatch):
+    figures = []
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+    save_figure = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, path: figures.append(self) or save_figure(self, path))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/log.jsonl").write_text(
+        '{"step": 1, "loss": 3.0, "lr": 1}\n{"step": 2, "score": 0.5}\n{"step": 3, "lo')
+    said = run("train.py", "--plot", f"{tmp_path}/other", finished[0]).stdout
+    assert said.strip() == f"{tmp_path}/other/curves.png"
+    assert Image.open(said.strip()).size[0] > 1000
+    loss, score = figures[0].axes
+    assert (loss.get_title(), score.get_title()) == ("loss by step", "score by step")
+    assert loss.lines[0].get_xydata().tolist() == [[1, 3]]
+    assert score.lines[0].get_xydata().tolist() == [[2, 0.5]]
+    entries = logged(finished[0])
+    for axes, name in ((loss, "loss"), (score, "score")):
+        expected = [[row["step"], row[name]] for row in entries if name in row]
+        assert expected and axes.lines[1].get_xydata().tolist() == expected
+    assert [text.get_text() for text in loss.get_legend().texts] == [
+        f"{tmp_path}/other", finished[0]]
+
+
+def test_an_optional_package_that_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match="--wandb needs the package wandb: pip install wandb"):
+        train.train(small_config(tmp_path / "run", wandb=True))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match="--plot needs the package matplotlib: pip install"):
+        train.plot([str(tmp_path)])
+
+
+def test_the_log_goes_to_weights_and_biases_too(tmp_path, monkeypatch):
+    calls = []
+
+    class Run:
+        def log(self, values, step):
+            calls.append((step, values))
+
+    class Wandb:
+        @staticmethod
+        def init(**options):
+            calls.append(options)
+            return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", Wandb)
+    c = small_config(tmp_path / "run", wandb=True)
+    train.train(c)
+    options, *sent = calls
+    assert options["project"] == "nano-pix2seq" and options["config"]["optim"]["lr"] == c.optim.lr
+    assert [{"step": step, **values} for step, values in sent] == logged(tmp_path / "run")
