@@ -1948,9 +1948,9 @@ def clip_files(images, maps, names=None):
 def frame_files(folder):
     """{name without its ending: path} of the images in a folder, 9.png before 10.png."""
     check_folder(folder, "the frames of a video")
-    return {
-        splitext(file)[0]: f"{folder}/{file}"
-        for file in sorted(listing(folder)[1], key=len)}
+    files = sorted(listing(folder)[1], key=len)
+    require(files, f"{folder}: no frames, expected image files")
+    return {splitext(file)[0]: f"{folder}/{file}" for file in files}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ Left out: the training (train.py), what tokens mean (tokenizer.py), noise and sa
     python model.py                                     # named sizes: parameters and FLOPs
     python model.py --convert DIR coco.pt det_coco_vit_b --categories instances_val2017.json
 """
-import contextlib
 import copy
 import glob
 import importlib.util
@@ -27,6 +26,7 @@ import sys
 import time
 import zipfile
 from collections import Counter
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import zip_longest
@@ -508,7 +508,7 @@ def attention_maps(model, context, tokens):
         weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
         maps.append(weights.mean(1)[0])                         # (T, N)
 
-    with contextlib.ExitStack() as hooks:
+    with ExitStack() as hooks:
         for layer in model.decoder.layers:
             hooks.enter_context(layer.cross_att.register_forward_pre_hook(look))
         x = model.decoder(tokens, context)
@@ -1908,7 +1908,7 @@ class Device:
 
     def sync_only(self, forward, last):
         """Context in which gradients are summed over processes if this is the last part."""
-        return contextlib.nullcontext() if last or self.world == 1 else forward.no_sync()
+        return nullcontext() if last or self.world == 1 else forward.no_sync()
 
     def sum(self, values):
         """{name: 0-dim tensor} -> the same on this device, summed over processes, without waiting
@@ -1951,7 +1951,7 @@ class Device:
         def ask(number, frame):
             self.asked = True
 
-        with contextlib.suppress(ValueError):           # a process of XLA's runs this in a thread
+        with suppress(ValueError):           # a process of XLA's runs this in a thread
             signal.signal(signal.SIGINT, ask)
             signal.signal(signal.SIGTERM, ask)
 
@@ -1991,7 +1991,7 @@ class Device:
     def generator(self, seed):
         return torch.Generator(self.device).manual_seed(seed)
 
-    @contextlib.contextmanager
+    @contextmanager
     def fork_rng(self, seed):
         """Context with random numbers of its own."""
         with torch.random.fork_rng([self.device] if self.cuda else []):
@@ -2050,7 +2050,7 @@ def save(path, content):
     except RuntimeError as e:                           # torch's, for any failing write
         raise OSError(f"{path} could not be written: {e}") from e
     finally:                                            # a failed save leaves nothing behind
-        with contextlib.suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
             os.remove(temporary)
 
 
@@ -2395,13 +2395,12 @@ def read_weights(path):
             return content.get("model", content.get("state_dict", content))
         with open(path, "rb") as f:
             header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
-            content = bytearray(f.read())
+            content = torch.frombuffer(bytearray(f.read()), dtype=torch.uint8)
         header.pop("__metadata__", None)
         for name, row in header.items():
             kind = row["dtype"].replace("F", "float").replace("I", "int").lower()      # BF16, I64
-            start, end = row["data_offsets"]
-            w = torch.frombuffer(content[start:end], dtype=getattr(torch, kind))
-            header[name] = w.view(row["shape"])
+            w = content[slice(*row["data_offsets"])].clone()           # aligned
+            header[name] = w.view(getattr(torch, kind)).view(row["shape"])
         return header
     except Exception as e:                             # torch raises many types
         raise UserError(f"{path}: neither weights of torch nor safetensors ({e})") from e
@@ -2414,7 +2413,8 @@ def load_backbone(path, model, colors):
     ResNet's is padded by zeros, so it differs at the edges). Returns lines about what was adapted
     and what did not fit. UserError if nothing does."""
     weights = {
-        renamed(name, BACKBONE_RENAMES): w.float() for name, w in read_weights(path).items()}
+        renamed(name, BACKBONE_RENAMES): w.float()
+        for name, w in read_weights(path).items() if torch.is_tensor(w)}
     for name, w in list(weights.items()):
         layer, _, kind = name.rpartition(".")
         if layer.endswith(".qkv"):                     # we project keys and values at once
@@ -2429,14 +2429,14 @@ def load_backbone(path, model, colors):
         first = len(codes) - math.isqrt(len(codes)) ** 2
         weights["encoder.position.code"] = codes[first:]
         if "encoder.cls" in weights:
-            weights["encoder.cls"] = weights["encoder.cls"][0] + codes[:min(first, 1)].sum(0)
+            weights["encoder.cls"] = weights["encoder.cls"][0] + codes[:1] * (first > 0)
     mean, std = (torch.tensor(row).view(3, 1, 1) for row in COLORS[colors])
     for conv, moved, sign in (
             ("encoder.patch.weight", "encoder.patch.bias", -1),
             ("encoder.resnet.stem.0.conv.weight", "encoder.resnet.stem.0.norm.running_mean", 1)):
         if conv in weights:
             weights[conv] = weights[conv] / std
-            weights[moved] = weights[moved] + sign * (weights[conv] * mean).sum((1, 2, 3))
+            weights[moved] = weights.get(moved, 0) + sign * (weights[conv] * mean).sum((1, 2, 3))
     (weights, notes), ours = adapt_weights(weights, model, adapt=True), model.state_dict()
     fitting = {
         name: w for name, w in weights.items() if name in ours and w.shape == ours[name].shape}

@@ -1102,7 +1102,7 @@ def token_rows(model, trace, c):
 def token_figures(model, image, written, meaning):
     """Yields a figure per token of a sequence about an encoded image (3, H, W), of (token, logits
     (V,), attention (N,))."""
-    canvas = ImageOps.contain(as_picture((255 * image).byte()), (100, 100), Image.NEAREST)
+    canvas = ImageOps.contain(as_picture((255 * image).byte()), (100, 100))
     coordinates = 0                                    # since anything else: y and x in turn
     for token, scores, heat in written:
         kind, text = meaning(token)
@@ -1121,12 +1121,12 @@ def lit(model, canvas, heat):
     """A PIL image, dark but where it was looked at, heat (N,); None if a FIT encodes: its decoder
     looks at latents, not at patches."""
     if model.config.encoder == "fit":
-        return None
+        return
     rows, cols = model.encoder.grid                    # a class token stands before the patches
     heat = heat[-rows * cols:].view(rows, cols).cpu()
     light = Image.fromarray((255 * heat / heat.max()).byte().numpy())
-    dark = Image.blend(canvas, Image.new("RGB", canvas.size), 0.8)
-    return Image.composite(canvas, dark, light.resize(canvas.size, Image.BILINEAR))
+    dark = canvas.point(lambda value: value // 5)
+    return Image.composite(canvas, dark, light.resize(canvas.size))
 
 
 def step_rows(trace, c):

@@ -757,12 +757,12 @@ def read_log(folder):
 def plot(folders):
     """Draws loss and score of runs by step, into curves.png in the first one's folder."""
     matplotlib = tokenizer.optional("matplotlib.figure", "matplotlib", "--plot")
-    figure = matplotlib.Figure((12, 4), layout="constrained")
+    figure = matplotlib.Figure((12, 4))
     for name, axes in zip(("loss", "score"), figure.subplots(1, 2)):
         for folder in folders:
             points = [(row["step"], row[name]) for row in read_log(folder) if name in row]
             axes.plot(*zip(*points), label=folder)
-        axes.set(title=f"{name} by step")
+        axes.set_title(f"{name} by step")
         axes.legend()
     figure.savefig(f"{folders[0]}/curves.png")
     print(f"{folders[0]}/curves.png")

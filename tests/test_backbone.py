@@ -125,7 +125,7 @@ def test_positions_of_another_grid_are_interpolated_and_what_does_not_fit_is_sai
     notes = m.load_backbone(path, fixed, "imagenet")
     assert "encoder.cls" in notes[0] and "encoder.position.code" in notes[0]
     assert "encoder.patch_norm.weight" in notes[1]
-    torch.save({"a": torch.zeros(1)}, path)
+    torch.save({"a": torch.zeros(1), "epoch": 3, "more": {"b": torch.zeros(1)}}, path)
     with pytest.raises(UserError, match=r"vit.pth: no weights that fit .*, such as \['a'\]"):
         m.load_backbone(path, network, "imagenet")
 
@@ -135,6 +135,7 @@ def test_safetensors_are_read_without_their_package(tmp_path):
     kinds = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}
     weights["pos_embed"] = weights["pos_embed"].bfloat16()
     weights["count"] = torch.tensor([3, -4])
+    weights["none"] = torch.zeros(0, 3)
     header, content = {"__metadata__": {"format": "pt"}}, b""
     for name, w in weights.items():
         start = len(content)

@@ -592,3 +592,26 @@ def test_readme_says_which_images_changed(two_results, capsys):
     said = capsys.readouterr().out.splitlines()[-1]
     count = sum(a["image_id"] == 1 for a in two_results.truth("det")["annotations"])
     assert said.endswith(f"('000000000001.png', {-2 * count})]"), said
+
+
+def test_the_worst_errors_are_drawn(checkpoint, tmp_path, monkeypatch):
+    """All that is there is missed, and something found in a corner."""
+    drawn = []
+
+    def corner(views, tokens, logprobs, c):
+        for view in views:
+            yield sample.as_objects([[0, 0, 2, 2]], [2], [0.25], c.categories)
+
+    draw = sample.draw
+    monkeypatch.setattr(sample, "read_objects", corner)
+    monkeypatch.setattr(sample, "draw", lambda *given: drawn.append(given[1]) or draw(*given))
+    run("eval.py", f"--ckpt={checkpoint}", "--task=det", "--errors", f"--out={tmp_path}/a")
+    count = configuration().data.val_count
+    kinds = [said["caption"] for said in drawn]
+    assert kinds == ["wrong"] * count + ["missed"] * 8
+    areas = [math.prod(said["objects"][0]["bbox"][2:]) for said in drawn[count:]]
+    truth = data.Shapes("val", 64, count=count).truth("det")["annotations"]
+    boxes = {tuple(a["bbox"]): a["area"] for a in truth}
+    found = [boxes[tuple(said["objects"][0]["bbox"])] for said in drawn[count:]]
+    assert found == sorted(boxes.values(), reverse=True)[:8] and min(areas) > 50
+    assert Image.open(tmp_path / "a_det_errors.png").size[0] > 1000

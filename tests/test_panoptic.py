@@ -341,6 +341,10 @@ def test_folders_without_videos_and_files_that_are_none_are_named(tmp_path, monk
     (tmp_path / "map.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match="map.png: not a readable image"):
         data.read_ids(f"{tmp_path}/map.png")
+    for folder in ("images/train/0", "panoptic_maps/train/0"):
+        (tmp_path / folder).mkdir()
+    with pytest.raises(UserError, match="images/train/0: no frames, expected image files"):
+        data.kitti_step(str(tmp_path), "train")
     with pytest.raises(ValueError, match="images: no frames"):
         list(sample.frames_of(f"{tmp_path}/images"))
     monkeypatch.setitem(sys.modules, "av", None)
