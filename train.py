@@ -761,7 +761,7 @@ def plot(folders):
     for name, axes in zip(("loss", "score"), figure.subplots(1, 2)):
         for folder in folders:
             points = [(row["step"], row[name]) for row in read_log(folder) if name in row]
-            axes.plot(*zip(*points), label=folder)
+            axes.plot(*zip(*points), ".-", label=folder)
         axes.set_title(f"{name} by step")
         axes.legend()
     figure.savefig(f"{folders[0]}/curves.png")
