@@ -11,6 +11,7 @@ Left out: downloads, every path is the user's; video files, a video is a folder 
 random crops in generation.
 
     python data.py --export DIR --count 1000            # write the synthetic shapes as COCO's files
+    python data.py --check a.json images/               # what a dataset in COCO's format holds
 """
 import glob
 import gzip

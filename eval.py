@@ -12,6 +12,7 @@ Left out: test sets without labels; precision and recall of samples.
     python eval.py                                      # the newest run on its held-out data
     torchrun --nproc_per_node=8 eval.py --ckpt=out/seg_coco_vit_b --data_dir=coco --boxes=truth
     python eval.py --ckpt=out/gen_cifar10_rin --eval_samples=50000 --inception=inception.pt
+    python eval.py --results=mine.json --truth_json=instances_val2017.json      # of another program
 """
 import hashlib
 import io

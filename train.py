@@ -11,6 +11,7 @@ Left out: model and pipeline parallelism.
     python train.py det_coco_vit_b --data_dir=coco --lr=1e-4
     torchrun --nproc_per_node=8 train.py det_coco_vit_l --data_dir=coco
     python train.py --list                              # presets;  --help: options;  --bench: speed
+    python train.py --plot out/det_shapes out/second    # their curves, in one picture
 """
 import copy
 import json
