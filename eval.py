@@ -575,9 +575,10 @@ def draw_errors(task, predictions, c, split, path):
             if row["aRng"] == run.params.areaRng[0]                    # all sizes
             and not match and not coco.anns[i].get("ignore")]
         for a in sorted(errors, key=lambda a: -a[size])[:8]:
-            box = {key: a.get(key, 1.0) for key in ("category_id", "bbox", "score")}
+            found = {"score": 1.0, **a}
+            found.pop("segmentation", None)            # may be polygons
             image = source[numbers.index(a["image_id"])]["image"]
-            picture = sample.draw(image, {"objects": [box], "caption": text}, c)
+            picture = sample.draw(image, {"objects": [found], "caption": text}, c)
             pictures.append(ImageOps.contain(picture, (384, 384)))
     if pictures:
         data.tile(pictures).save(path)
