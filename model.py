@@ -2403,7 +2403,9 @@ def read_weights(path):
             header[name] = w.view(getattr(torch, kind)).view(row["shape"])
         return header
     except Exception as e:                             # torch raises many types
-        raise UserError(f"{path}: neither weights of torch nor safetensors ({e})") from e
+        raise UserError(                               # the rest of torch's words is bad advice
+            f"{path}: neither weights of torch nor safetensors ({reason(e).partition('. ')[0]})"
+        ) from e
 
 
 @torch.no_grad()

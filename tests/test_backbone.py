@@ -153,6 +153,10 @@ def test_safetensors_are_read_without_their_package(tmp_path):
         path.write_bytes(broken)
         with pytest.raises(UserError, match="vit.safetensors: neither weights of torch nor"):
             m.read_weights(str(path))
+    (tmp_path / "text.pth").write_text("step 1\n")
+    with pytest.raises(UserError, match="text.pth: neither weights") as refused:
+        m.read_weights(f"{tmp_path}/text.pth")
+    assert "weights_only" not in str(refused.value) and "\n" not in str(refused.value)
     with pytest.raises(UserError, match="gone.pth: .*No such file"):
         m.read_weights(f"{tmp_path}/gone.pth")
 
