@@ -1920,7 +1920,9 @@ def cityscapes_vps(folder, split, past=0):
 
 def davis(folder, split, past=0):
     """DAVIS in a folder as of MASK_LAYOUTS."""
-    names = read_bytes(f"{folder}/ImageSets/2017/{split}.txt").decode().split()
+    listed = f"{folder}/ImageSets/2017/{split}.txt"
+    require(exists(listed), f"{listed}: no such file, expected the names of the videos")
+    names = read_bytes(listed).decode().split()
     maps = f"{folder}/Annotations_unsupervised/480p"
     if not isdir(maps):
         maps = f"{folder}/Annotations/480p"

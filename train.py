@@ -772,18 +772,17 @@ def plot(folders):
 # --------------------------------------------------------------------------------------------------
 # presets
 
-NOT_RUN = "not run here"
 PRESETS = {}
 
 
 class Recipe:
     """A subclass whose name is in lower case is a row of PRESETS: the fields, named as on the
     command line, in which it differs from the one it is derived from, or from Config's defaults.
-    Its docstring says the recipe in words, and what it is for. name: the row's, if not the class's.
+    Its docstring says the recipe in words, and what it gave here, or is published. name: the row's,
+    if not the class's.
     """
     config = Config()
     model = None                       # another network in place of the whole `config.model`
-    result = NOT_RUN                   # measured, published, or not run; not inherited
 
     def __init_subclass__(cls, name=None):
         name, fields = name or cls.__name__, vars(cls)
@@ -791,7 +790,6 @@ class Recipe:
         unknown = set(fields).difference(vars(Recipe), *map(vars, sample.parts_of(c)))
         assert not unknown, f"preset {name}: no field is called {unknown}"
         cls.config = sample.changed(c, **fields)
-        cls.result = fields.get("result", NOT_RUN)
         if name.islower():
             PRESETS[name] = cls
 
@@ -811,8 +809,8 @@ class Long(Recipe):
 
 # Drawn shapes, for two CPU cores: 64 bins for 64 px, four classes, captions in bytes.
 class det_shapes(Small):
-    """boxes of drawn shapes, 64 px"""
-    result = "AP50 0.98, AP 0.82 after 4.3 minutes, on test, three seeds"
+    """boxes of drawn shapes, 64 px
+    AP50 0.98, AP 0.82 after 4.3 minutes, on test, three seeds"""
     image_size = 64, 64
     patch_size = 8
     enc_layers = dec_layers = 2
@@ -846,8 +844,8 @@ class det_shapes(Small):
 
 
 class det_shapes_fit(det_shapes):
-    """the same boxes with a FIT as encoder"""
-    result = "AP50 0.97, AP 0.78 after 5.9 minutes, on test, three seeds"
+    """the same boxes with a FIT as encoder
+    AP50 0.97, AP 0.78 after 5.9 minutes, on test, three seeds"""
     encoder = "fit"
     fit_layers = "(1)1(1)1"
     fit_latents = 8
@@ -855,25 +853,27 @@ class det_shapes_fit(det_shapes):
 
 
 class seg_shapes(det_shapes):
-    """polygons of drawn shapes, 64 px"""
+    """polygons of drawn shapes, 64 px
+    not run here"""
     tasks = "seg",
 
 
 class kpt_shapes(det_shapes):
-    """keypoints of the figures of drawn shapes, 64 px"""
+    """keypoints of the figures of drawn shapes, 64 px
+    not run here"""
     tasks = "kpt",
 
 
 class cap_shapes(det_shapes):
-    """captions of drawn shapes, 64 px"""
+    """captions of drawn shapes, 64 px
+    not run here"""
     tasks = "cap",
 
 
 class multi_shapes(det_shapes):
-    """all four tasks at once on drawn scenes of one or two shapes, 64 px"""
-    result = (
-        "AP50 boxes 0.99, masks 0.91, keypoints 0.88, exact captions 0.81 after 10.5 minutes, "
-        "on test, three seeds")
+    """all four tasks at once on drawn scenes of one or two shapes, 64 px
+    AP50 boxes 0.99, masks 0.91, keypoints 0.88, exact captions 0.81 after 10.5 minutes, on
+    test, three seeds"""
     tasks = Pix2SeqConfig.TASKS                        # det, seg, kpt, cap
     task_batches = 32, 4, 24, 16
     task_weights = 2, 0.7, 1.75, 5.5
@@ -889,8 +889,8 @@ class multi_shapes(det_shapes):
 
 # COCO and other photos.
 class det_coco_tiny(Small):
-    """boxes with a small ViT, 256 px, to overfit a few images"""
-    result = "AP 0.83 on 90 photos that it learned from, 0 on others, after some 26 minutes"
+    """boxes with a small ViT, 256 px, to overfit a few images
+    AP 0.83 on 90 photos that it learned from, 0 on others, after some 26 minutes"""
     model = SIZES["vit_tiny"]
     image_size = 256, 256
     drop_path = dropout = 0.0
@@ -907,7 +907,8 @@ class det_coco_tiny(Small):
 
 
 class multi_coco_tiny(det_coco_tiny):
-    """all four tasks with a small ViT, 256 px"""
+    """all four tasks with a small ViT, 256 px
+    not run here"""
     tasks = Pix2SeqConfig.TASKS
     vocab_size = 3000 + 258
     max_instances = 3
@@ -933,20 +934,23 @@ PUBLISHED_AP = {                                       # at 640, 1024 and 1333 p
 for size, published in PUBLISHED_AP.items():
     for side, ap in zip((640, 1024, 1333), published):
         class Published(CocoFineTuning, name=f"det_coco_{size}_{side}".removesuffix("_640")):
-            __doc__ = f"COCO fine-tuning of 2109.10852, {side} px; 8 GPUs"
-            result = f"{NOT_RUN}; published {ap} AP, from Objects365 weights"
+            __doc__ = (
+                f"COCO fine-tuning of 2109.10852, {side} px; 8 GPUs\n"
+                f"    not run here; published {ap} AP, from Objects365 weights")
             model = SIZES[size]
             image_size = side, side
             checkpointing = side > 640
 
 
 class det_coco_fit_b(CocoFineTuning):
-    """the same fine-tuning with a FIT as encoder (2305.12689; its sizes here are ours), 640 px"""
+    """the same fine-tuning with a FIT as encoder (2305.12689; its sizes here are ours), 640 px
+    not run here"""
     model = SIZES["fit_b"]
 
 
 class det_o365_vit_b(CocoFineTuning):
-    """Objects365 pretraining of 2109.10852, 640 px (learning rate and warm-up are ours); 32 GPUs"""
+    """Objects365 pretraining of 2109.10852, 640 px (learning rate and warm-up are ours); 32 GPUs
+    not run here"""
     batch_size = 256
     epochs = warmup_epochs = 0
     steps = 400_000
@@ -955,8 +959,8 @@ class det_o365_vit_b(CocoFineTuning):
 
 
 class multi_coco_vit_b(CocoFineTuning):
-    """all four tasks of 2206.07669, 640 px; 32 GPUs"""
-    result = f"{NOT_RUN}; published 44.2 box AP"
+    """all four tasks of 2206.07669, 640 px; 32 GPUs
+    not run here; published 44.2 box AP"""
     tasks = Pix2SeqConfig.TASKS
     vocab_size = 35_000
     lr = 1e-4
@@ -966,24 +970,27 @@ class multi_coco_vit_b(CocoFineTuning):
 
 
 class seg_coco_vit_b(multi_coco_vit_b):
-    """masks alone, as in 2206.07669, 640 px; 8 GPUs"""
+    """masks alone, as in 2206.07669, 640 px; 8 GPUs
+    not run here"""
     tasks = "seg",
 
 
 class kpt_coco_vit_b(multi_coco_vit_b):
-    """keypoints alone, as in 2206.07669, 640 px; 8 GPUs"""
+    """keypoints alone, as in 2206.07669, 640 px; 8 GPUs
+    not run here"""
     tasks = "kpt",
 
 
 class cap_coco_vit_b(multi_coco_vit_b):
-    """captions alone, as in 2206.07669, 640 px; 8 GPUs"""
+    """captions alone, as in 2206.07669, 640 px; 8 GPUs
+    not run here"""
     tasks = "cap",
 
 
 # Generation, for two CPU cores.
 class gen_shapes(Small):
-    """drawn shapes of a class, 32 px, UNet"""
-    result = "0.985 of 200 samples classified right, on test, after 12.6 minutes on one core"
+    """drawn shapes of a class, 32 px, UNet
+    0.985 of 200 samples classified right, on test, after 12.6 minutes on one core"""
     model = UNetConfig()
     num_classes = 4
     self_cond = "x"
@@ -1014,8 +1021,8 @@ class gen_shapes(Small):
 
 
 class gen_shapes_rin(gen_shapes):
-    """the same with a RIN"""
-    result = "0.705 of 200 samples classified right, on test, three seeds; 15.0 to 16.0 minutes"
+    """the same with a RIN
+    0.705 of 200 samples classified right, on test, three seeds; 15.0 to 16.0 minutes"""
     model = RINConfig()
     num_classes = 4
     interface_patch = 4
@@ -1037,8 +1044,8 @@ class gen_shapes_rin(gen_shapes):
 
 
 class bits_shapes(gen_shapes):
-    """drawn shapes as analog bits (2208.04202), 16 px"""
-    result = "0.845 of 200 samples classified right, on test, after 12.1 minutes on one core"
+    """drawn shapes as analog bits (2208.04202), 16 px
+    0.845 of 200 samples classified right, on test, after 12.1 minutes on one core"""
     sample_size = 16, 16
     in_stride = 1
     channels = 24                                      # 3 colours of 8 bits
@@ -1048,8 +1055,8 @@ class bits_shapes(gen_shapes):
 
 
 class video_shapes(gen_shapes):
-    """six frames of a moving shape after two context frames, 32 px, UNet"""
-    result = "frame_error 0.0080, copy_error 0.0183 after 13.2 minutes, on test, three seeds"
+    """six frames of a moving shape after two context frames, 32 px, UNet
+    frame_error 0.0080, copy_error 0.0183 after 13.2 minutes, on test, three seeds"""
     num_classes = 0
     frames = 6
     cond_frames = 2
@@ -1064,8 +1071,8 @@ class video_shapes(gen_shapes):
 
 
 class gen_mnist(gen_shapes):
-    """digits of a class, 28 px; --data_dir holds MNIST's idx files"""
-    result = "0.990 of 200 samples classified right after 8.6 minutes on one core"
+    """digits of a class, 28 px; --data_dir holds MNIST's idx files
+    0.990 of 200 samples classified right after 8.6 minutes on one core"""
     sample_size = 28, 28
     channels = image_channels = 1
     num_classes = 10
@@ -1075,8 +1082,8 @@ class gen_mnist(gen_shapes):
 
 
 class gen_shapes_fit(gen_shapes_rin):
-    """drawn shapes of a class, 32 px, FIT"""
-    result = "0.555 of 200 samples classified right, on test, three seeds; some 14 minutes"
+    """drawn shapes of a class, 32 px, FIT
+    0.555 of 200 samples classified right, on test, three seeds; some 14 minutes"""
     model = FITConfig()
     sample_size = 32, 32
     num_classes = 4
@@ -1092,8 +1099,8 @@ class gen_shapes_fit(gen_shapes_rin):
 
 
 class ar_shapes(gen_shapes):
-    """drawn shapes of a class written pixel by pixel, 16 px, 8 levels a colour, FIT"""
-    result = "0.165 bits per dimension after 11.3 minutes, on test, one seed"
+    """drawn shapes of a class written pixel by pixel, 16 px, 8 levels a colour, FIT
+    0.165 bits per dimension after 11.3 minutes, on test, one seed"""
     model = ImageARConfig()
     sample_size = 16, 16
     levels = 8
@@ -1116,8 +1123,8 @@ class ar_shapes(gen_shapes):
 
 
 class ar_shapes_decoder(ar_shapes):
-    """the same with a plain decoder of that size, for that time: one group, no latents"""
-    result = "0.217 bits per dimension, on test, one seed"
+    """the same with a plain decoder of that size, for that time: one group, no latents
+    0.217 bits per dimension, on test, one seed"""
     fit_layers = "(6)"
     fit_dim = 128
     fit_patch = 0
@@ -1125,7 +1132,8 @@ class ar_shapes_decoder(ar_shapes):
 
 
 class ar_mnist(ar_shapes):
-    """digits of a class written pixel by pixel, 28 px, FIT; --data_dir holds MNIST's idx files"""
+    """digits of a class written pixel by pixel, 28 px, FIT; --data_dir holds MNIST's idx files
+    not run here"""
     sample_size = 28, 28
     channels = image_channels = 1
     num_classes = 10
@@ -1135,8 +1143,8 @@ class ar_mnist(ar_shapes):
 
 # Panoptic masks, for two CPU cores.
 class pan_shapes(gen_shapes):
-    """panoptic masks of drawn scenes, 64 px"""
-    result = "PQ 0.71 after some 10 minutes, on test, three seeds"
+    """panoptic masks of drawn scenes, 64 px
+    PQ 0.71 after some 10 minutes, on test, three seeds"""
     model = PanopticConfig()
     image_size = 64, 64
     encoder = "vit"
@@ -1173,8 +1181,8 @@ class pan_shapes(gen_shapes):
 
 
 class vps_shapes(pan_shapes):
-    """panoptic masks of clips in which drawn shapes cross, leave and return, 64 px"""
-    result = "STQ 0.66, J&F 0.63 after 17.5 minutes, on test, three seeds"
+    """panoptic masks of clips in which drawn shapes cross, leave and return, 64 px
+    STQ 0.66, J&F 0.63 after 17.5 minutes, on test, three seeds"""
     tasks = "vps",
     past_frames = 2
     later_steps = 5
@@ -1183,8 +1191,8 @@ class vps_shapes(pan_shapes):
 
 
 class pan_coco_tiny(pan_shapes):
-    """panoptic masks, 256 px, to overfit a few images"""
-    result = "PQ 0.61 on two images of COCO that it learned from, after 10.4 minutes"
+    """panoptic masks, 256 px, to overfit a few images
+    PQ 0.61 on two images of COCO that it learned from, after 10.4 minutes"""
     image_size = 256, 256
     patch_size = 16
     sample_size = 128, 128
@@ -1203,7 +1211,8 @@ class pan_coco_tiny(pan_shapes):
 
 # Panoptic masks as published, in two stages; 32 GPUs.
 class pan_coco_256(Long):
-    """panoptic masks of COCO (2210.06366), 256 px, masks of 128 px: the first stage; 32 GPUs"""
+    """panoptic masks of COCO (2210.06366), 256 px, masks of 128 px: the first stage; 32 GPUs
+    not run here"""
     model = PanopticConfig()
     image_size = 256, 256
     sample_size = 128, 128
@@ -1231,8 +1240,8 @@ class pan_coco_256(Long):
 
 
 class pan_coco_1024(pan_coco_256):
-    """the same with 1024 px, masks of 512 px: the second stage, --init_from the first; 16 GPUs"""
-    result = f"{NOT_RUN}; published PQ 50.3"
+    """the same with 1024 px, masks of 512 px: the second stage, --init_from the first; 16 GPUs
+    not run here; published PQ 50.3"""
     image_size = 1024, 1024
     sample_size = 512, 512
     scale_max = 1.0
@@ -1244,15 +1253,16 @@ class pan_coco_1024(pan_coco_256):
 
 
 class pan_cityscapes(pan_coco_1024):
-    """Cityscapes, 1024 x 2048 px, in COCO's panoptic format, --init_from pan_coco_256; 16 GPUs"""
-    result = f"{NOT_RUN}; published PQ 64.0"
+    """Cityscapes, 1024 x 2048 px, in COCO's panoptic format, --init_from pan_coco_256; 16 GPUs
+    not run here; published PQ 64.0"""
     image_size = 1024, 2048
     sample_size = 512, 1024
     epochs = 50
 
 
 class vps_kitti_step(pan_coco_1024):
-    """KITTI-STEP, 384 x 1248 px, --init_from pan_coco_1024; 32 GPUs"""
+    """KITTI-STEP, 384 x 1248 px, --init_from pan_coco_1024; 32 GPUs
+    not run here"""
     tasks = "vps",
     data = "kitti_step"
     image_size = 384, 1248
@@ -1267,8 +1277,8 @@ class vps_kitti_step(pan_coco_1024):
 
 
 class vps_davis(vps_kitti_step):
-    """DAVIS 2017, unsupervised, 512 x 1024 px, --init_from pan_coco_1024; 32 GPUs"""
-    result = f"{NOT_RUN}; published J&F 68.4"
+    """DAVIS 2017, unsupervised, 512 x 1024 px, --init_from pan_coco_1024; 32 GPUs
+    not run here; published J&F 68.4"""
     data = "davis"
     image_size = 512, 1024
     sample_size = 256, 512
@@ -1277,7 +1287,8 @@ class vps_davis(vps_kitti_step):
 
 # Generation as published. LAMB leaves biases and norms without decay and scaling.
 class gen_cifar10_unet(Long):
-    """CIFAR-10 UNet of the reference; 8 GPUs"""
+    """CIFAR-10 UNet of the reference; 8 GPUs
+    not run here"""
     model = UNetConfig()
     num_classes = 10
     self_cond = "eps"
@@ -1298,8 +1309,8 @@ class gen_cifar10_unet(Long):
 
 
 class gen_cifar10_rin(gen_cifar10_unet):
-    """CIFAR-10 RIN of 2212.11972; 8 GPUs"""
-    result = f"{NOT_RUN}; published FID 1.81"
+    """CIFAR-10 RIN of 2212.11972; 8 GPUs
+    not run here; published FID 1.81"""
     model = RINConfig()
     num_classes = 10
     train_schedule = "sigmoid@-3,3,0.9"
@@ -1318,7 +1329,8 @@ class gen_cifar10_rin(gen_cifar10_unet):
 
 
 class bits_cifar10_uint8(gen_cifar10_unet):
-    """CIFAR-10 Bit Diffusion of 2208.04202, code uint8; 8 GPUs"""
+    """CIFAR-10 Bit Diffusion of 2208.04202, code uint8; 8 GPUs
+    not run here"""
     channels = 24
     self_cond = "x"
     softmax_groups = 3
@@ -1330,12 +1342,14 @@ class bits_cifar10_uint8(gen_cifar10_unet):
 
 
 class bits_cifar10_uint8_s(bits_cifar10_uint8):
-    """CIFAR-10 Bit Diffusion of 2208.04202, code uint8_s; 8 GPUs"""
+    """CIFAR-10 Bit Diffusion of 2208.04202, code uint8_s; 8 GPUs
+    not run here"""
     bits = "uint8_s"
 
 
 class gen_imagenet64_unet(gen_cifar10_unet):
-    """ImageNet 64 px UNet of the reference; --data_dir holds train/CLASS and val/CLASS; 32 GPUs"""
+    """ImageNet 64 px UNet of the reference; --data_dir holds train/CLASS and val/CLASS; 32 GPUs
+    not run here"""
     sample_size = 64, 64
     num_classes = 1000
     unet_dim = 192
@@ -1349,7 +1363,8 @@ class gen_imagenet64_unet(gen_cifar10_unet):
 
 
 class gen_imagenet64_rin(gen_cifar10_rin):
-    """ImageNet 64 px RIN of 2212.11972; 32 GPUs"""
+    """ImageNet 64 px RIN of 2212.11972; 32 GPUs
+    not run here"""
     sample_size = 64, 64
     num_classes = 1000
     interface_patch = 8
@@ -1368,19 +1383,22 @@ class gen_imagenet64_rin(gen_cifar10_rin):
 
 
 class gen_imagenet64_fit(gen_imagenet64_rin):
-    """ImageNet 64 px with a FIT (2305.12689; sizes ours, recipe of the RIN); 32 GPUs"""
+    """ImageNet 64 px with a FIT (2305.12689; sizes ours, recipe of the RIN); 32 GPUs
+    not run here"""
     model = FITConfig()
     num_classes = 1000
 
 
 class gen_imagenet128_fit(gen_imagenet64_fit):
-    """the same with 128 px"""
+    """the same with 128 px
+    not run here"""
     sample_size = 128, 128
     fit_patch = 8
 
 
 class ar_imagenet64_fit(gen_imagenet64_rin):
-    """ImageNet 64 px written value by value with a FIT (2305.12689; sizes ours); 32 GPUs"""
+    """ImageNet 64 px written value by value with a FIT (2305.12689; sizes ours); 32 GPUs
+    not run here"""
     model = ImageARConfig()
     num_classes = 1000
     tasks = "ar",
@@ -1389,7 +1407,8 @@ class ar_imagenet64_fit(gen_imagenet64_rin):
 
 
 class gen_video64_rin(gen_imagenet64_rin):
-    """11 frames of 64 px after 5, sizes of 2212.11972 (Kinetics-600), optimisation ours; 32 GPUs"""
+    """11 frames of 64 px after 5, sizes of 2212.11972 (Kinetics-600), optimisation ours; 32 GPUs
+    not run here"""
     frames = 11
     cond_frames = 5
     num_classes = 0
@@ -1443,7 +1462,7 @@ def main():
     c, commands = parse(sys.argv[1:])
     if commands.list:
         for name, row in PRESETS.items():
-            print(f"{name}\n    {row.__doc__}\n    {row.result}")
+            print(f"{name}\n    {row.__doc__}")
         return
     if commands.plot:
         return plot(commands.plot)
