@@ -1266,17 +1266,17 @@ class Coco(Source):
         self.categories = list(self.category.values())
         self.classes = [category["name"] for category in self.categories]
         self.most = check_keypoints(json_path, self.categories) if task in PER_PERSON else 0
-        # Of each image the numbers of its annotations, which would take more memory as lists.
-        self.rows = {image_id: array("q") for image_id in self.sizes}
-        self.share_out(bad_boxes)
+        self.rows = Packed()                           # of each image the numbers of annotations
+        for numbers in self.group_by_image(bad_boxes):
+            self.rows.append(numbers)
 
-    def share_out(self, bad_boxes):
-        """Gives the annotations to their images, but those to leave out, which it counts. UserError
-        with all that is wrong."""
+    def group_by_image(self, bad_boxes):
+        """Of each image the numbers of its annotations, but those to leave out, which it counts.
+        UserError with all that is wrong."""
         path, task, sizes = self.json_path, self.task, self.sizes
         check_rows(
             path, {"annotations": self.annotations}, annotation_rules(task, sizes, self.category))
-        bad = []
+        rows, bad = {image_id: [] for image_id in sizes}, []
         corners = fractions = task != "cap"
         for n, a in enumerate(self.annotations):
             (height, width), why = sizes[a["image_id"]], None
@@ -1299,7 +1299,7 @@ class Coco(Source):
             if why:
                 self.left_out[why] += 1
                 continue
-            self.rows[a["image_id"]].append(n)
+            rows[a["image_id"]].append(n)
             if not a.get("iscrowd"):
                 if task == "seg" and isinstance(a["segmentation"], dict):
                     self.left_out["masks of run lengths are not learned from"] += 1
@@ -1312,17 +1312,18 @@ class Coco(Source):
             hint = "they look like x1 y1 x2 y2" if corners else "--bad_boxes=drop leaves them out"
             refuse(path, {f"{BAD_BOXES}, expected x y width height; {hint}": bad})
         self.say_left_out()
+        return rows.values()
 
     def __len__(self):
         return len(self.images)
 
-    def of_image(self, image):
-        """Annotations of an image, one of `images`."""
-        return [self.annotations[n] for n in self.rows[image["id"]]]
+    def of_image(self, i):
+        """Annotations of image i."""
+        return [self.annotations[n] for n in self.rows[i]]
 
     def __getitem__(self, i):
         image = self.images[i]
-        size, found = self.sizes[image["id"]], self.of_image(image)
+        size, found = self.sizes[image["id"]], self.of_image(i)
         path = join(self.image_dir, image["file_name"])
         record = {"image": load_image(path, size), "image_id": image["id"]}
         if self.task == "cap":
@@ -1346,8 +1347,7 @@ class Coco(Source):
     def people(self):
         """(image, object) numbers of annotations with a labelled keypoint that are no crowds."""
         return [
-            (i, n) for i, image in enumerate(self.images)
-            for n, a in enumerate(self.of_image(image))
+            (i, n) for i in range(len(self)) for n, a in enumerate(self.of_image(i))
             if any(self.keypoints_of(a)[2::3]) and not a.get("iscrowd")]
 
     def person(self, i):
@@ -1359,8 +1359,8 @@ class Coco(Source):
         """The dataset as a dict in COCO's format, without what was left out. Every task has its own
         file."""
         annotations = []
-        for image in self.images:
-            for a in map(without_null, self.of_image(image)):
+        for i, image in enumerate(self.images):
+            for a in map(without_null, self.of_image(i)):
                 if task != "cap":
                     category, keypoints = self.category[a["category_id"]], self.keypoints_of(a)
                     if task in PER_PERSON and not count_keypoints(category):
@@ -1386,13 +1386,13 @@ class Coco(Source):
     def summary(self, c):
         """What there is to learn from, and what is left out, in numbers."""
         if self.task == "det":
-            counts = list(map(len, self.rows.values()))
+            counts = list(map(len, self.rows))
             over = f"images have more objects than --max_objects, up to {max(counts)}"
             self.left_out[over] = sum(count > c.data.max_objects for count in counts)
         if self.task == "cap":
             self.left_out["captions are cut to --caption_length"] = sum(
                 len(c.vocab.text.encode(a["caption"])) > c.data.caption_length
-                for image in self.images for a in self.of_image(image))
+                for i in range(len(self)) for a in self.of_image(i))
         self.say_left_out()
         return {
             "images": len(self),
@@ -1570,7 +1570,9 @@ def mask_of(a, size):
     parts, found = a.get("segmentation"), []
     if not isinstance(parts, list):
         return parts
-    for part in (parts, *parts):                       # all of them may be one polygon
+    if not all(isinstance(part, list) for part in parts) or {2} == set(map(len, parts)):
+        parts = [parts]                                # all of them are one polygon
+    for part in parts:
         with suppress(TypeError, ValueError, OverflowError):
             given = np.array(part, float)
             xy = given.reshape(-1, 2)
@@ -2202,7 +2204,7 @@ def check_dataset(json_path, image_dir):
 
     source = Coco(json_path, image_dir, bad_boxes="drop")
     c = sample.Config(categories=source.categories)
-    sizes, boxes = list(source.sizes.values()), list(map(len, source.rows.values()))
+    sizes, boxes = list(source.sizes.values()), list(map(len, source.rows))
     pictures = []
     for i in default_rng(0).permutation(len(source))[:16]:
         record = source[i]

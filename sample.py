@@ -354,10 +354,10 @@ def full_map(mask, view, size, sampling):
 def as_png(ids):
     """Ids (H, W) -> a PNG in COCO's panoptic format, R + 256 G + 65536 B, as bytes."""
     colours = np.stack([ids, ids >> 8, ids >> 16], -1).astype(np.uint8)        # modulo 256
-    return file_of(Image.fromarray(colours), "png")
+    return image_bytes(Image.fromarray(colours), "png")
 
 
-def file_of(picture, kind):
+def image_bytes(picture, kind):
     """What stands in a file of this kind of a PIL image, as bytes."""
     content = io.BytesIO()
     picture.save(content, kind)
@@ -401,7 +401,7 @@ def view_images(model, images, views):
 
 def prompt_boxes(views, objects, c):
     """Objects of B views -> boxes_yxyx (B, G, 4), fractions of the canvas, and labels (B, G)."""
-    label_of = columns(c.categories, "id", "label")
+    label_of = lookup(c.categories, "id", "label")
     most = max(map(len, objects))
     rows = []
     for view, group in zip(views, objects):
@@ -417,7 +417,7 @@ def box_corners(bbox):
     return y, x, y + h, x + w
 
 
-def columns(categories, key, value):
+def lookup(categories, key, value):
     """{key: value} of two fields of the categories."""
     return {category[key]: category[value] for category in categories}
 
@@ -425,7 +425,7 @@ def columns(categories, key, value):
 def as_objects(boxes, labels, scores, categories):
     """Lists of boxes y0 x0 y1 x1, labels and scores -> a list of objects. Left out: what has score
     0, and labels without a category."""
-    id_of = columns(categories, "label", "id")
+    id_of = lookup(categories, "label", "id")
     return [
         {"category_id": id_of[label], "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
         for (y0, x0, y1, x1), label, score in zip(boxes, labels, scores)
@@ -724,7 +724,7 @@ def each_input(options, task, c, failed):
     cannot be read, and why."""
     for path in tqdm(options.images, disable=None if options.images[1:] else True):
         try:
-            frames = frames_of(path)
+            frames = read_frames(path)
             if task == "vps":
                 images = list(frames)
                 data.check_sizes(path, images)
@@ -754,12 +754,12 @@ def is_still(path):
     return path.lower().endswith(data.IMAGE_KINDS)
 
 
-def frames_of(path):
+def read_frames(path):
     """Yields the frames, PIL RGB, of an image file, a folder of frames, a GIF, or, with PyAV, a
     video file. UserError if it cannot be read."""
     frame = None
     try:
-        for frame in decoded(path):
+        for frame in decode_frames(path):
             yield frame
     except (UserError, ImportError):
         raise
@@ -768,7 +768,7 @@ def frames_of(path):
     require(frame, f"{path}: no frames, expected image files")
 
 
-def decoded(path):
+def decode_frames(path):
     if isdir(path):
         yield from map(data.load_image, data.frame_files(path).values())
         return
@@ -795,7 +795,7 @@ def show_inputs(model, c, tasks, options, generator):
     require(
         not (asks and options.images),
         "this model does not detect: name boxes with --boxes=X,Y,W,H,NAME")
-    names = columns(c.categories, "id", "name")
+    names = lookup(c.categories, "id", "name")
     new_stem = partial(free_stem, options.out, set(map(real, options.images)))
     pictures, firsts, report, maps = [], [], [], {}
     inputs = each_input(options, tasks[0], c, report)
@@ -846,7 +846,7 @@ def show_inputs(model, c, tasks, options, generator):
 def read_box(text, c):
     """X,Y,W,H,NAME -> an object. UserError, naming the classes, if it is none."""
     *numbers, name = text.split(",")
-    ids = columns(c.categories, "name", "id")
+    ids = lookup(c.categories, "name", "id")
     with suppress(ValueError, KeyError):
         x, y, w, h = map(float, numbers)
         if min(w, h) > 0 and math.isfinite(x + y + w + h):
@@ -929,7 +929,7 @@ def draw_maps(images, maps, c):
     """PIL images and their class and instance of each pixel (2, H, W) -> yields copies with the
     segments in colours, the same for an instance in all frames, and their names; small ones
     enlarged."""
-    names = columns(c.categories, "label", "name")
+    names = lookup(c.categories, "label", "name")
     for image, frame in zip(images, maps):
         picture, zoom, font = enlarged(image)
         colours = paint(frame).resize(picture.size, Image.NEAREST)
@@ -1058,25 +1058,25 @@ ten steps, with the time t, and gamma, the part of signal in x_t.</p>
 
 def explain(model, trace, picture, c, stem):
     """STEM.html: a picture of what was predicted, and how it came about (see Inputs.trace)."""
-    page = PAGE.format(title=html.escape(basename(stem)), picture=embedded(picture))
+    page = PAGE.format(title=html.escape(basename(stem)), picture=data_url(picture))
     noise = isinstance(c.model, ImageConfig)
     for title, figures in step_rows(trace, c) if noise else token_rows(model, trace, c):
         page += f"<h2>{html.escape(title)}</h2><div>{''.join(figures)}</div>"
     Path(f"{stem}.html").write_text(page, "utf-8")
 
 
-def embedded(picture):
+def data_url(picture):
     """A PIL image as an address that is the image itself."""
-    content = base64.b64encode(file_of(picture, "webp"))
+    content = base64.b64encode(image_bytes(picture, "webp"))
     return f"data:image/webp;base64,{content.decode()}"
 
 
 def figure(kind, picture, *lines):
-    image = f'<img src="{embedded(picture)}">' if picture else ""
+    image = f'<img src="{data_url(picture)}">' if picture else ""
     return f'<figure class="{kind}">{image}{"<br>".join(map(html.escape, lines))}</figure>'
 
 
-def as_picture(pixels):
+def to_pil(pixels):
     """uint8 (C, H, W) -> a PIL image."""
     return Image.fromarray(pixels.movedim(0, -1).cpu().numpy().squeeze())
 
@@ -1084,7 +1084,7 @@ def as_picture(pixels):
 def token_rows(model, trace, c):
     """Yields the prompt and the figures of the tokens after it, of at most four at a time; of
     several samples the first."""
-    names = columns(c.categories, "label", "name")
+    names = lookup(c.categories, "label", "name")
     meaning = partial(tokenizer.meaning, vocab=c.vocab, names=names)
     for seen, context, prompts, tokens in trace:
         prompts, tokens = prompts.flatten(0, -2).to(tokens), tokens.flatten(0, 1)
@@ -1102,7 +1102,7 @@ def token_rows(model, trace, c):
 def token_figures(model, image, written, meaning):
     """Yields a figure per token of a sequence about an encoded image (3, H, W), of (token, logits
     (V,), attention (N,))."""
-    canvas = ImageOps.contain(as_picture((255 * image).byte()), (100, 100))
+    canvas = ImageOps.contain(to_pil((255 * image).byte()), (100, 100))
     coordinates = 0                                    # since anything else: y and x in turn
     for token, scores, heat in written:
         kind, text = meaning(token)
@@ -1113,11 +1113,11 @@ def token_figures(model, image, written, meaning):
         others = [
             f"{meaning(other)[1]} {probs[other]:.0%}"
             for other in probs.topk(4).indices.tolist() if other != token]
-        yield figure(
-            kind, lit(model, canvas, heat), text, f"token {token}, {probs[token]:.0%}", *others[:3])
+        picture = attention_picture(model, canvas, heat)
+        yield figure(kind, picture, text, f"token {token}, {probs[token]:.0%}", *others[:3])
 
 
-def lit(model, canvas, heat):
+def attention_picture(model, canvas, heat):
     """A PIL image, dark but where it was looked at, heat (N,); None if a FIT encodes: its decoder
     looks at latents, not at patches."""
     if model.config.encoder == "fit":
@@ -1139,7 +1139,7 @@ def step_rows(trace, c):
         for i in np.unique(steps).tolist():
             t = torch.tensor(1 - i / len(trace))
             pixels = samples[i].movedim(1, 0).flatten(1, -2)       # one sample below the other
-            picture = paint(pixels) if c.diffusion.bits == "ids" else as_picture(pixels)
+            picture = paint(pixels) if c.diffusion.bits == "ids" else to_pil(pixels)
             figures.append(figure("", picture, f"t {t:.2f}", f"gamma {gamma(t):.3f}"))
         yield title, figures
 

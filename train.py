@@ -748,11 +748,14 @@ class Log:
 
 
 def read_log(folder):
-    """Yields what stands in a run's log.jsonl, a dict per line, but for the half of a line."""
+    """Yields the dicts in a run's log.jsonl, one per line; a line that holds none, or half of one,
+    is passed over."""
     with open(f"{folder}/log.jsonl", errors="replace") as f:
         for line in f:
             with suppress(ValueError):
-                yield json.loads(line)
+                entry = json.loads(line)
+                if isinstance(entry, dict):
+                    yield entry
 
 
 def plot(folders):

@@ -111,6 +111,30 @@ def test_a_vit_computes_what_it_did_elsewhere(tmp_path, names, colors, scale):
     torch.testing.assert_close(found, vit_forward(weights, images, c, colors), rtol=1e-4, atol=1e-5)
 
 
+def test_names_and_layouts_of_other_releases_are_read(tmp_path):
+    """A wrapper's prefix, a nested file, a class and a distillation token, older names of an MLP,
+    and patches without a bias."""
+    c = replace(VIT, image_size=(32, 32))
+    path, images = f"{tmp_path}/vit.pth", torch.rand(1, 3, 32, 32)
+    weights = vit_weights(c, "torchvision", 16)
+    weights["conv_proj.bias"].zero_()
+    network = m.build(c).eval()
+    torch.save(weights, path)
+    m.load_backbone(path, network, "imagenet")
+    expected, _ = network.encoder(images)
+    del weights["conv_proj.bias"]
+    weights["encoder.pos_embedding"] = torch.cat(
+        [weights["encoder.pos_embedding"][:, :1], random(1, 1, 24),
+         weights["encoder.pos_embedding"][:, 1:]], 1)
+    old = {
+        f"module.{name}".replace("mlp.0", "mlp.linear_1").replace("mlp.3", "mlp.linear_2"): w
+        for name, w in weights.items()}
+    torch.save({"state_dict": old}, path)
+    network = m.build(c).eval()
+    m.load_backbone(path, network, "imagenet")
+    assert torch.equal(network.encoder(images)[0], expected)
+
+
 def test_positions_of_another_grid_are_interpolated_and_what_does_not_fit_is_said(tmp_path):
     weights = vit_weights(VIT, "timm", 16) | {"mask_token": random(1, 24)}
     path = f"{tmp_path}/vit.pth"

@@ -346,11 +346,11 @@ def test_folders_without_videos_and_files_that_are_none_are_named(tmp_path, monk
     with pytest.raises(UserError, match="images/train/0: no frames, expected image files"):
         data.kitti_step(str(tmp_path), "train")
     with pytest.raises(ValueError, match="images: no frames"):
-        list(sample.frames_of(f"{tmp_path}/images"))
+        list(sample.read_frames(f"{tmp_path}/images"))
     monkeypatch.setitem(sys.modules, "av", None)
     (tmp_path / "film.mp4").write_bytes(b"film")
     with pytest.raises(ImportError, match="film.mp4: .* needs the package av: pip install av"):
-        list(sample.frames_of(f"{tmp_path}/film.mp4"))
+        list(sample.read_frames(f"{tmp_path}/film.mp4"))
 
 
 def test_a_frame_that_is_missing_in_a_clip_is_named(tmp_path):
@@ -643,7 +643,7 @@ def test_photos_are_segmented_at_their_own_size_and_clips_read_from_gifs(tmp_pat
     assert [Image.open(f"{tmp_path}/s/maps/{name}").size for name in maps] == [(50, 21), (20, 70)]
     frames = [Image.new("RGB", (30, 20), color) for color in ("red", "green", "blue")]
     frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
-    assert len(list(sample.frames_of(f"{tmp_path}/film.gif"))) == 3
+    assert len(list(sample.read_frames(f"{tmp_path}/film.gif"))) == 3
     (tmp_path / "film").mkdir()
     for i in (9, 10):
         frames[0].save(tmp_path / f"film/{i}.png")

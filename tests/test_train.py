@@ -683,7 +683,7 @@ def test_curves_of_runs_are_drawn_side_by_side(finished, tmp_path, monkeypatch):
         Figure, "savefig", lambda self, path: figures.append(self) or save_figure(self, path))
     (tmp_path / "other").mkdir()
     (tmp_path / "other/log.jsonl").write_text(
-        '{"step": 1, "loss": 3.0, "lr": 1}\n{"step": 2, "score": 0.5}\n{"step": 3, "lo')
+        '{"step": 1, "loss": 3.0, "lr": 1}\n{"step": 2, "score": 0.5}\n7\n{"step": 3, "lo')
     said = run("train.py", "--plot", f"{tmp_path}/other", finished[0]).stdout
     assert said.strip() == f"{tmp_path}/other/curves.png"
     assert Image.open(said.strip()).size[0] > 1000

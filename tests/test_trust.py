@@ -544,7 +544,7 @@ def test_a_strangers_file_runs_nothing_in_any_reader(tmp_path):
         m.load, data.read_json, data.parse_json, data.load_image, data.read_ids,
         lambda path: data.read_idx(path, 3), lambda path: data.load_cifar10(path, "train"),
         lambda path: data.load_mnist(path, "train"),
-        lambda path: list(sample.frames_of(f"{path}.gif")),
+        lambda path: list(sample.read_frames(f"{path}.gif")),
         tokenizer.SentencePieces, lambda path: eval.Inception(path, m.Device("cpu")),
         lambda path: train.start_from(path, None, train.Config(), None),
     ]
@@ -778,7 +778,7 @@ def test_an_option_of_elsewhere_is_said_to_be_so(script, option, words):
 
 def test_options_of_another_task_are_refused_for_a_checkpoint(trained):
     for script, option in (("sample.py", "--guidance=2"), ("sample.py", "--class=cat"),
-                           ("sample.py", "--guidance=1"), ("eval.py", "--eval_samples=3")):
+                           ("sample.py", "--complete=x.png"), ("eval.py", "--eval_samples=3")):
         done = run(script, f"--ckpt={trained}", option, check=False)
         refused(done, option.partition("=")[0], code=done.returncode)
 
